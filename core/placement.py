@@ -1,0 +1,142 @@
+"""Where MNN quantizes: the tensors of a network that carry a scale, and whose scale it is.
+
+MNN's converter describes tensors only through the convolutions around them: a tensor is quantized when it is the
+input or the (fused) output of a quantized layer, all its consumers see the quantized value, and when two layers
+disagree on its scale the producer's wins, then the first consumer's. Training has to simulate exactly that, so both
+frameworks translate their graph into :class:`Op` values and ask :func:`place`.
+"""
+from __future__ import annotations
+
+from enum import Enum
+from typing import Dict, List, NamedTuple, Sequence, Tuple
+
+
+class OpKind(Enum):
+    """What an operation does to the values that flow through it."""
+
+    LAYER = "layer"                #: a convolution or linear layer that will run in int8
+    BATCH_NORM = "batch_norm"      #: a per-channel affine that the converter folds into the layer before it
+    RELU = "relu"                  #: fused into the layer before it
+    RELU6 = "relu6"                #: fused into the layer before it
+    NON_NEGATIVE = "non_negative"  #: any other operation whose result is never below zero (sigmoid, abs, softmax)
+    COMBINE = "combine"            #: non-negative when all its inputs are (add, concat, mean, multiply)
+    VIEW = "view"                  #: moves values without changing any (reshape, transpose, slice, flatten)
+    MAX_POOL = "max_pool"          #: selects values without changing any
+    OTHER = "other"
+
+
+class Op(NamedTuple):
+    """One operation of a network, in execution order."""
+
+    output: str               #: name of the tensor it produces; unique
+    kind: OpKind
+    inputs: Tuple[str, ...]   #: the tensors it reads, weights and constants left out
+    layer: str = ""           #: name of the layer, for ``OpKind.LAYER``
+
+
+class Role(Enum):
+    """Which of a layer's two activation scales a tensor uses."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+class Quantizer(NamedTuple):
+    """The owner of an activation scale."""
+
+    layer: str
+    role: Role
+
+
+class LayerCall(NamedTuple):
+    """One use of a quantized layer (a layer that is called twice has two)."""
+
+    layer: str
+    tensor: str               #: what the layer itself produces, before anything fused into it
+    fused: str                #: what leaves the fused operation: after batch norm and activation
+    input: Quantizer
+    output: Quantizer
+
+
+class Placement(NamedTuple):
+    """Every quantized tensor of a network."""
+
+    quantizers: Dict[str, Quantizer]    #: tensor name -> owner of its scale
+    calls: Tuple[LayerCall, ...]        #: in execution order
+    non_negative: Tuple[Quantizer, ...]  #: owners of which no tensor can be below zero
+
+
+_KEEPS_VALUES = (OpKind.VIEW, OpKind.MAX_POOL)
+_NON_NEGATIVE = (OpKind.RELU, OpKind.RELU6, OpKind.NON_NEGATIVE)
+_KEEPS_SIGN = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.COMBINE)
+
+
+def place(ops: Sequence[Op], outputs: Sequence[str]) -> Placement:
+    """Find each quantized tensor and the owner of its scale.
+
+    Args:
+        ops: the network in execution order; a name that no operation produces is an input of the network.
+        outputs: tensors that leave the network (an operation is never fused past one).
+
+    Raises:
+        ValueError: two operations produce a tensor of the same name, or a layer reads no or several tensors.
+    """
+    producer = _producers(ops)
+    fused = _fused_outputs(ops, outputs)
+    quantizers = {fused[op.output]: Quantizer(op.layer, Role.OUTPUT) for op in ops if op.kind is OpKind.LAYER}
+    calls: List[LayerCall] = []
+    for op in ops:
+        if op.kind is not OpKind.LAYER:
+            continue
+        source = _source(op.inputs[0], producer, quantizers)
+        owner = quantizers.setdefault(source, Quantizer(op.layer, Role.INPUT))
+        end = fused[op.output]
+        calls.append(LayerCall(op.layer, op.output, end, owner, quantizers[end]))
+    return Placement(quantizers, tuple(calls), _never_negative(ops, quantizers))
+
+
+def _producers(ops: Sequence[Op]) -> Dict[str, Op]:
+    producer: Dict[str, Op] = {}
+    for op in ops:
+        if op.output in producer:
+            raise ValueError("two operations produce a tensor named %r" % op.output)
+        if op.kind is OpKind.LAYER and len(op.inputs) != 1:
+            raise ValueError("layer %r must read one tensor, it reads %r" % (op.layer, op.inputs))
+        producer[op.output] = op
+    return producer
+
+
+def _fused_outputs(ops: Sequence[Op], outputs: Sequence[str]) -> Dict[str, str]:
+    """Map each layer's own output to that of the batch norm and activation which the converter fuses into it."""
+    readers: Dict[str, List[Op]] = {}
+    for op in ops:
+        for name in op.inputs:
+            readers.setdefault(name, []).append(op)
+    fused = {}
+    for op in ops:
+        if op.kind is not OpKind.LAYER:
+            continue
+        end = op.output
+        for wanted in ((OpKind.BATCH_NORM,), (OpKind.RELU, OpKind.RELU6)):
+            following = readers.get(end, [])
+            if len(following) == 1 and end not in outputs and following[0].kind in wanted:
+                end = following[0].output
+        fused[op.output] = end
+    return fused
+
+
+def _source(tensor: str, producer: Dict[str, Op], quantizers: Dict[str, Quantizer]) -> str:
+    """Walk back over operations that keep values, to the tensor whose scale ``tensor`` shares."""
+    while tensor not in quantizers and tensor in producer and producer[tensor].kind in _KEEPS_VALUES:
+        tensor = producer[tensor].inputs[0]
+    return tensor
+
+
+def _never_negative(ops: Sequence[Op], quantizers: Dict[str, Quantizer]) -> Tuple[Quantizer, ...]:
+    positive = set()
+    for op in ops:
+        inherits = op.kind in _KEEPS_SIGN and op.inputs and all(name in positive for name in op.inputs)
+        if op.kind in _NON_NEGATIVE or inherits:
+            positive.add(op.output)
+    signed = {owner for tensor, owner in quantizers.items() if tensor not in positive}
+    return tuple(sorted(set(quantizers.values()) - signed, key=lambda owner: (owner.layer, owner.role.value)))
