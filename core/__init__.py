@@ -15,6 +15,7 @@ from slimtrain.core.grid import (
 )
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
+from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, Quantizer, Role, place
 from slimtrain.core.scales import SMALLEST_SCALE, lsq_scale, max_abs_scale, mse_scale
 from slimtrain.core.selection import select
 from slimtrain.core.simulator import (
@@ -33,9 +34,15 @@ __all__ = [
     "CoverageError",
     "Grid",
     "IntegerConv",
+    "LayerCall",
     "LayerCoverage",
     "LayerState",
+    "Op",
+    "OpKind",
     "ParameterFileError",
+    "Placement",
+    "Quantizer",
+    "Role",
     "SMALLEST_SCALE",
     "SlimtrainError",
     "accumulate",
@@ -49,6 +56,7 @@ __all__ = [
     "max_abs_scale",
     "max_steps",
     "mse_scale",
+    "place",
     "quantize",
     "replace_all",
     "round_half_away",

@@ -22,6 +22,7 @@ class OpKind(Enum):
     COMBINE = "combine"            #: non-negative when all its inputs are (add, concat, mean, multiply)
     VIEW = "view"                  #: moves values without changing any (reshape, transpose, slice, flatten)
     MAX_POOL = "max_pool"          #: selects values without changing any
+    RESIZE = "resize"              #: interpolates: the result is put on its input's grid again
     OTHER = "other"
 
 
@@ -66,9 +67,9 @@ class Placement(NamedTuple):
     non_negative: Tuple[Quantizer, ...]  #: owners of which no tensor can be below zero
 
 
-_KEEPS_VALUES = (OpKind.VIEW, OpKind.MAX_POOL)
+_SHARES_SCALE = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.RESIZE)
 _NON_NEGATIVE = (OpKind.RELU, OpKind.RELU6, OpKind.NON_NEGATIVE)
-_KEEPS_SIGN = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.COMBINE)
+_KEEPS_SIGN = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.RESIZE, OpKind.COMBINE)
 
 
 def place(ops: Sequence[Op], outputs: Sequence[str]) -> Placement:
@@ -88,8 +89,9 @@ def place(ops: Sequence[Op], outputs: Sequence[str]) -> Placement:
     for op in ops:
         if op.kind is not OpKind.LAYER:
             continue
-        source = _source(op.inputs[0], producer, quantizers)
+        source, resized = _source(op.inputs[0], producer, quantizers)
         owner = quantizers.setdefault(source, Quantizer(op.layer, Role.INPUT))
+        quantizers.update((tensor, owner) for tensor in resized)
         end = fused[op.output]
         calls.append(LayerCall(op.layer, op.output, end, owner, quantizers[end]))
     return Placement(quantizers, tuple(calls), _never_negative(ops, quantizers))
@@ -125,11 +127,15 @@ def _fused_outputs(ops: Sequence[Op], outputs: Sequence[str]) -> Dict[str, str]:
     return fused
 
 
-def _source(tensor: str, producer: Dict[str, Op], quantizers: Dict[str, Quantizer]) -> str:
-    """Walk back over operations that keep values, to the tensor whose scale ``tensor`` shares."""
-    while tensor not in quantizers and tensor in producer and producer[tensor].kind in _KEEPS_VALUES:
+def _source(tensor: str, producer: Dict[str, Op],
+            quantizers: Dict[str, Quantizer]) -> Tuple[str, List[str]]:
+    """Walk back to the tensor whose scale ``tensor`` shares; also the tensors interpolated on the way."""
+    resized = []
+    while tensor not in quantizers and tensor in producer and producer[tensor].kind in _SHARES_SCALE:
+        if producer[tensor].kind is OpKind.RESIZE:
+            resized.append(tensor)
         tensor = producer[tensor].inputs[0]
-    return tensor
+    return tensor, resized
 
 
 def _never_negative(ops: Sequence[Op], quantizers: Dict[str, Quantizer]) -> Tuple[Quantizer, ...]:

@@ -52,6 +52,12 @@ def test_views_and_pools_share_the_scale_of_what_they_read():
     assert place(ops, ["b"]).calls[1].input == owner("conv1", "output")
 
 
+def test_an_interpolated_tensor_is_put_on_the_grid_of_what_it_interpolates():
+    ops = [Op("a", CONV, ("x",), "conv1"), Op("u", OpKind.RESIZE, ("a",)), Op("b", CONV, ("u",), "conv2")]
+    placed = place(ops, ["b"])
+    assert placed.quantizers["u"] == placed.calls[1].input == owner("conv1", "output")
+
+
 def test_a_layer_called_twice_has_two_calls_and_one_pair_of_scales():
     ops = [Op("a", CONV, ("x",), "shared"), Op("b", CONV, ("a",), "shared")]
     placed = place(ops, ["b"])
