@@ -1,5 +1,6 @@
 """The wire and the converter: the parameter file, driving ``mnnconvert``, coverage, running and verifying a model."""
 
+from slimtrain.proto.converter import Conversion, ConvertOptions, convert
 from slimtrain.proto.layers import (
     LayerParams,
     PruneType,
@@ -8,6 +9,7 @@ from slimtrain.proto.layers import (
     prune_algorithm,
     quantize_algorithm,
 )
+from slimtrain.proto.mnnfile import MnnLayer, MnnModel, inspect_model
 from slimtrain.proto.params import (
     params_from_json,
     params_to_json,
@@ -17,10 +19,16 @@ from slimtrain.proto.params import (
 )
 
 __all__ = [
+    "Conversion",
+    "ConvertOptions",
     "LayerParams",
+    "MnnLayer",
+    "MnnModel",
     "PruneType",
     "QuantMethod",
     "WeightOnlyParams",
+    "convert",
+    "inspect_model",
     "params_from_json",
     "params_to_json",
     "prune_algorithm",

@@ -92,7 +92,7 @@ def save_algorithm(path: PathLike, algorithm: Message, append: bool) -> Message:
         pipeline = Pipeline(version=VERSION)
     _put(pipeline, algorithm)
     if not pipeline.mnn_uuid:
-        pipeline.mnn_uuid = str(uuid.uuid5(_UUID_NAMESPACE, _serialize(algorithm).hex()))
+        pipeline.mnn_uuid = str(uuid.uuid5(_UUID_NAMESPACE, serialize(algorithm).hex()))
     _write(path, pipeline)
     return pipeline
 
@@ -132,7 +132,7 @@ def _put(pipeline: Message, algorithm: Message) -> None:
     (pipeline.algo[same[0]] if same else pipeline.algo.add()).CopyFrom(algorithm)
 
 
-def _serialize(message: Message) -> bytes:
+def serialize(message: Message) -> bytes:
     try:
         return bytes(message.SerializeToString(deterministic=True))
     except EncodeError as error:
@@ -140,7 +140,7 @@ def _serialize(message: Message) -> bytes:
 
 
 def _write(path: PathLike, pipeline: Message) -> None:
-    data = params_to_json(pipeline).encode() if _is_json(os.fspath(path)) else _serialize(pipeline)
+    data = params_to_json(pipeline).encode() if _is_json(os.fspath(path)) else serialize(pipeline)
     write_whole(path, data)
 
 
