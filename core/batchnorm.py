@@ -15,11 +15,10 @@ def fold_factor(gamma: Optional[np.ndarray], var: np.ndarray, eps: float) -> np.
     """
     spread = np.asarray(var, dtype=np.float64) + float(eps)
     if spread.ndim != 1 or not (spread > 0).all():
-        raise ValueError("var + eps must be 1-D and positive, got shape {} with minimum {}".format(
-            spread.shape, spread.min() if spread.size else None))
+        raise ValueError(f"var + eps must be 1-D and positive, got shape {spread.shape}, values {spread!r}")
     gain = np.ones_like(spread) if gamma is None else np.asarray(gamma, dtype=np.float64)
     if gain.shape != spread.shape:
-        raise ValueError("gamma must have the shape of var {}, got {}".format(spread.shape, gain.shape))
+        raise ValueError(f"gamma must have the shape of var {spread.shape}, got {gain.shape}")
     return gain / np.sqrt(spread)
 
 
@@ -47,7 +46,7 @@ def fold_batch_norm(weight: np.ndarray, bias: Optional[np.ndarray], gamma: Optio
     channels = kernel.shape[0]
     factor = fold_factor(gamma, var, eps)
     if factor.shape != (channels,):
-        raise ValueError("var must have one entry per output channel ({}), got {}".format(channels, factor.shape))
+        raise ValueError(f"var must have one entry per output channel ({channels}), got {factor.shape}")
     offset = _per_channel(bias, channels, "bias") - _per_channel(mean, channels, "mean")
     folded = kernel * factor.reshape((channels,) + (1,) * (kernel.ndim - 1))
     shift = _per_channel(beta, channels, "beta") + offset * factor
@@ -59,5 +58,5 @@ def _per_channel(values: Optional[np.ndarray], channels: int, name: str) -> np.n
         return np.zeros(channels)
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (channels,):
-        raise ValueError("{} must have shape ({},), got {}".format(name, channels, array.shape))
+        raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
     return array

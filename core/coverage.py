@@ -1,4 +1,4 @@
-"""What was really compressed: one value per layer, and the share of the weights they make up."""
+"""What was really compressed: one value per layer, and the share of the weights that it makes up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LayerState(Enum):
 
 
 class LayerCoverage(NamedTuple):
-    """One layer that was asked to be quantized: ``parameters`` counts its weights, ``reason`` says why not."""
+    """A layer that was to be quantized; ``parameters`` counts its weights, ``reason`` says why it is not."""
 
     name: str
     kind: str
@@ -36,23 +36,23 @@ class Coverage(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """Share of the wanted weights in int8 layers; 1.0 when nothing was wanted."""
+        """Share of the wanted weights that is in int8 layers; 1.0 when nothing was wanted."""
         return self.share(LayerState.INT8)
 
     @property
     def missing(self) -> Tuple[LayerCoverage, ...]:
-        """The layers that are not int8."""
+        """The wanted layers that are not int8."""
         return tuple(layer for layer in self.layers if layer.state is not LayerState.INT8)
 
     def share(self, state: LayerState) -> float:
-        """Share of the wanted weights in layers of ``state``; for INT8 1.0, else 0.0, when nothing was wanted."""
+        """Share of the wanted weights in layers of ``state``; all of nothing counts as int8."""
         total = self.parameters
         if not total:
-            return 1.0 if state is LayerState.INT8 and not self.missing else 0.0
+            return float(state is LayerState.INT8)
         return sum(layer.parameters for layer in self.layers if layer.state is state) / total
 
     def rows(self) -> List[Tuple[str, str, int, float, str, str]]:
         """One plain tuple per layer: name, kind, weights, their share of all, state, reason."""
-        total = self.parameters
-        return [(layer.name, layer.kind, layer.parameters, layer.parameters / total if total else 0.0,
+        total = self.parameters or 1
+        return [(layer.name, layer.kind, layer.parameters, layer.parameters / total,
                  layer.state.value, layer.reason) for layer in self.layers]

@@ -37,11 +37,11 @@ def max_steps(reference: np.ndarray, actual: np.ndarray, scale: float) -> float:
 def _pair(reference: np.ndarray, actual: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     wanted, got = np.asarray(reference, dtype=np.float64), np.asarray(actual, dtype=np.float64)
     if wanted.shape != got.shape:
-        raise ValueError("reference and actual must have one shape, got {} and {}".format(wanted.shape, got.shape))
+        raise ValueError(f"reference and actual must have one shape, got {wanted.shape} and {got.shape}")
     if wanted.size == 0:
-        raise ValueError("nothing to compare: both arrays are empty, shape {}".format(wanted.shape))
+        raise ValueError(f"nothing to compare: both arrays are empty, shape {wanted.shape}")
     for name, array in (("reference", wanted), ("actual", got)):
         broken = int((~np.isfinite(array)).sum())
         if broken:
-            raise ValueError("{} has {} values of {} that are not finite".format(name, broken, array.size))
+            raise ValueError(f"{name} has {broken} values of {array.size} that are not finite")
     return wanted, got

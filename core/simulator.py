@@ -1,7 +1,17 @@
-"""MNN's int8 arithmetic, integer for integer: the judge of what is trained and what is deployed.
+"""MNN's int8 convolution, integer for integer: the judge of what is trained and what is deployed.
 
-Dense and grouped convolutions add the float32 bias to the rescaled accumulator; depthwise ones truncate it
-to an integer of the accumulator first. Both accumulate exactly and round half away from zero.
+The accumulation is exact; what takes care is the float32 arithmetic that turns a sum into an output level,
+because rounding in another order moves results that lie next to a tie. This order was read in the sources of
+MNN 3.6 and reproduces its x86 runtime level for level, ties included:
+
+- dense (each group):  level = round(float(sum of (q_x + 128) * q_w) * s_w * (s_in / s_out) + shift),
+  shift = (bias - sum of q_w * s_w * 128 * s_in) / s_out.
+  x86 stores levels as unsigned bytes, hence the 128; without it about one level in a million differs.
+- depthwise:  level = round(float(sum of q_x * q_w + trunc(bias / (s_in * s_w))) * (s_w * (s_in / s_out))).
+  The bias is an integer of the accumulator, and scales below 1e-6 count as 1e-6.
+
+Neither looks at the 6 of a ReLU6: an activation only lifts the lower clamp to zero. The 6 has to be
+the upper end of the output grid, see ``capped_grid``.
 """
 
 from __future__ import annotations
@@ -16,9 +26,12 @@ from slimtrain.core.grid import Grid, checked_scale, round_half_away
 
 Pair = Tuple[int, int]
 
+_STORAGE_OFFSET = 128
+_SMALLEST_DEPTHWISE_SCALE = np.float32(1e-6)
+
 
 class Activation(Enum):
-    """The activation that MNN fuses into a convolution."""
+    """The activation that MNN fuses into a convolution; RELU6 computes as RELU, see the module."""
 
     NONE = "none"
     RELU = "relu"
@@ -27,24 +40,25 @@ class Activation(Enum):
 
 @dataclass(frozen=True, eq=False)
 class IntegerConv:
-    """A quantized 2-D convolution as MNN stores it (a linear layer is a 1x1 one).
+    """A quantized 2-D convolution as MNN stores it (a linear layer is a 1x1 one, a 1-D one has height 1).
 
     Attributes:
-        weight: integer levels [O, I / groups, kh, kw].
+        weight: integer levels within int8, [O, I / groups, kh, kw].
         weight_scales: float32 [O].
         bias: float32 [O] in real units, or None.
         input_scale: step of the input levels.
         output_scale: step of the output levels.
         output_grid: levels that the output is clamped to.
         strides: (height, width).
-        padding: ((top, bottom), (left, right)), so that TensorFlow's SAME can be told.
+        padding: ((top, bottom), (left, right)); TensorFlow's SAME is ``same_padding`` of each axis.
         dilation: (height, width).
         groups: I for depthwise.
-        activation: fused, in real units.
+        activation: fused into the convolution.
 
     Raises:
-        ValueError: a shape or a scale does not fit.
         TypeError: the weight does not hold integers.
+        ValueError: a shape, level or scale does not fit, or the convolution is one that MNN leaves float
+            (each input channel has several filters of its own).
     """
 
     weight: np.ndarray
@@ -60,60 +74,64 @@ class IntegerConv:
     activation: Activation = Activation.NONE
 
     def __post_init__(self) -> None:
-        if not np.issubdtype(self.weight.dtype, np.integer):
-            raise TypeError("weight must hold integer levels, got {}".format(self.weight.dtype))
-        if self.weight.ndim != 4 or self.groups < 1 or self.weight.shape[0] % self.groups:
-            raise ValueError("weight must be [O, I / groups, kh, kw] with O a multiple of groups {}, got {}".format(
-                self.groups, self.weight.shape))
-        channels = (self.weight.shape[0],)
-        if np.shape(self.weight_scales) != channels:
-            raise ValueError("weight_scales must have shape {}, got {}".format(channels, np.shape(self.weight_scales)))
-        if self.bias is not None and np.shape(self.bias) != channels:
-            raise ValueError("bias must have shape {}, got {}".format(channels, np.shape(self.bias)))
+        _check_levels(self.weight, "weight")
+        if self.weight.ndim != 4 or self.groups < 1 or len(self.weight) % self.groups:
+            raise ValueError("weight must be [O, I / groups, kh, kw] with O a multiple of groups "
+                             f"({self.groups}), got {self.weight.shape}")
+        if self.groups > 1 and self.weight.shape[1] == 1 and not self.depthwise:
+            raise ValueError("MNN does not compute a depthwise convolution with "
+                             f"{len(self.weight) // self.groups} filters per channel in int8")
+        channels = (len(self.weight),)
+        for name, values in (("weight_scales", self.weight_scales), ("bias", self.bias)):
+            if values is not None and np.shape(values) != channels:
+                raise ValueError(f"{name} must have shape {channels}, got {np.shape(values)}")
         for scale in (self.weight_scales, self.input_scale, self.output_scale):
             checked_scale(scale, np.float32)
 
     @property
     def depthwise(self) -> bool:
-        """Whether each channel is convolved on its own."""
-        return self.groups == self.weight.shape[0] and self.groups > 1 and self.weight.shape[1] == 1
+        """Whether each channel is convolved on its own (MNN counts one channel to one channel as such)."""
+        return self.weight.shape[1] == 1 and len(self.weight) == self.groups
+
+
+def input_levels(x: np.ndarray, scale: float, grid: Grid) -> np.ndarray:
+    """Levels that MNN gives a float tensor: int32 ``clip(round_half_away(x * (1 / scale)))``, all in float32.
+
+    Multiplying by the reciprocal differs from ``quantize``, which divides, for values next to a tie only.
+
+    Raises:
+        ValueError: a scale that is not finite and positive.
+    """
+    reciprocal = np.float32(1) / checked_scale(scale, np.float32)
+    return _to_levels(np.asarray(x, dtype=np.float32) * reciprocal, grid)
 
 
 def simulate_conv(q_x: np.ndarray, conv: IntegerConv) -> np.ndarray:
-    """Output levels of ``conv`` for input levels ``q_x``: int32 [N, O, H', W'] from integers [N, I, H, W].
+    """Output levels of ``conv``: int32 [N, O, H', W'] from integer levels [N, I, H, W].
 
     Raises:
         TypeError: ``q_x`` does not hold integers.
-        ValueError: its shape does not fit the weight.
+        ValueError: its shape does not fit the weight, a level does not fit int8, or a sum does not fit int32.
     """
-    scale = (np.float32(conv.input_scale) * np.asarray(conv.weight_scales, np.float32))[:, None, None]
-    bias = np.zeros(len(scale), np.float32) if conv.bias is None else np.asarray(conv.bias, np.float32)
-    total = accumulate(q_x, conv)
-    if conv.depthwise:
-        total = total + np.trunc(bias[:, None, None] / scale).astype(np.int64)
-        real = total.astype(np.float32) * scale
-    else:
-        real = total.astype(np.float32) * scale + bias[:, None, None]
+    requantize = _requantize_depthwise if conv.depthwise else _requantize_dense
+    grid = conv.output_grid
     if conv.activation is not Activation.NONE:
-        real = np.maximum(real, np.float32(0))
-    if conv.activation is Activation.RELU6:
-        real = np.minimum(real, np.float32(6))
-    levels = round_half_away(real * (np.float32(1) / np.float32(conv.output_scale)))
-    return np.clip(levels, conv.output_grid.lower, conv.output_grid.upper).astype(np.int32)
+        grid = grid._replace(lower=max(grid.lower, 0))
+    return _to_levels(requantize(accumulate(q_x, conv), conv), grid)
 
 
 def simulate_linear(q_x: np.ndarray, conv: IntegerConv) -> np.ndarray:
-    """Output levels of a linear layer, a 1x1 ``conv`` with weight [O, F, 1, 1], for levels [..., F]: int32 [..., O].
+    """Output levels of a linear layer, a 1x1 ``conv`` with weight [O, F, 1, 1]: int32 [..., O] from [..., F].
 
     Raises:
         TypeError: ``q_x`` does not hold integers.
-        ValueError: the last axis does not fit, or the kernel is not 1x1.
+        ValueError: as ``simulate_conv``, or the kernel is not 1x1.
     """
     if conv.weight.shape[2:] != (1, 1):
-        raise ValueError("a linear layer needs a 1x1 kernel, got {}".format(conv.weight.shape))
+        raise ValueError(f"a linear layer needs a 1x1 kernel, got a weight of shape {conv.weight.shape}")
     levels = np.asarray(q_x)
     flat = simulate_conv(levels.reshape(-1, levels.shape[-1], 1, 1), conv)
-    return flat.reshape(levels.shape[:-1] + (conv.weight.shape[0],))
+    return flat.reshape(levels.shape[:-1] + (len(conv.weight),))
 
 
 def accumulate(q_x: np.ndarray, conv: IntegerConv) -> np.ndarray:
@@ -123,35 +141,84 @@ def accumulate(q_x: np.ndarray, conv: IntegerConv) -> np.ndarray:
         TypeError, ValueError: as ``simulate_conv``.
     """
     levels = np.asarray(q_x)
-    if not np.issubdtype(levels.dtype, np.integer):
-        raise TypeError("q_x must hold integer levels, got {}".format(levels.dtype))
-    outputs, inner, kernel_h, kernel_w = conv.weight.shape
+    _check_levels(levels, "q_x")
+    outputs, inner, height, width = conv.weight.shape
     if levels.ndim != 4 or levels.shape[1] != inner * conv.groups:
-        raise ValueError("q_x must be [N, {}, H, W], got {}".format(inner * conv.groups, levels.shape))
-    # Products of 8-bit levels sum exactly in float64 (below 2**53), where numpy has fast matrix products.
+        raise ValueError(f"q_x must be [N, {inner * conv.groups}, H, W], got {levels.shape}")
+    # Sums of 8-bit products are exact in float64, where numpy has fast matrix products.
     padded = np.pad(levels.astype(np.float64), ((0, 0), (0, 0)) + tuple(conv.padding), mode="constant")
-    size = [_output_size(padded.shape[2 + i], conv.weight.shape[2 + i], conv.strides[i], conv.dilation[i])
-            for i in range(2)]
     grouped = padded.reshape((len(levels), conv.groups, inner) + padded.shape[2:])
-    kernel = conv.weight.astype(np.float64).reshape(conv.groups, outputs // conv.groups, inner, kernel_h, kernel_w)
-    total = np.zeros((len(levels), conv.groups, outputs // conv.groups, size[0] * size[1]))
-    for y in range(kernel_h):
-        for x in range(kernel_w):
-            rows = slice(y * conv.dilation[0], y * conv.dilation[0] + (size[0] - 1) * conv.strides[0] + 1, conv.strides[0])
-            columns = slice(x * conv.dilation[1], x * conv.dilation[1] + (size[1] - 1) * conv.strides[1] + 1, conv.strides[1])
-            tap = grouped[:, :, :, rows, columns].reshape(len(levels), conv.groups, inner, -1)
-            total += np.matmul(kernel[:, :, :, y, x], tap)
-    return total.reshape(len(levels), outputs, size[0], size[1]).astype(np.int64)
+    kernel = conv.weight.astype(np.float64).reshape(conv.groups, -1, inner, height, width)
+    size = (_output_size(padded.shape[2], height, conv.strides[0], conv.dilation[0]),
+            _output_size(padded.shape[3], width, conv.strides[1], conv.dilation[1]))
+    total = np.zeros((len(levels), conv.groups, kernel.shape[1], size[0] * size[1]))
+    for y in range(height):
+        for x in range(width):
+            rows = _taps(y * conv.dilation[0], size[0], conv.strides[0])
+            columns = _taps(x * conv.dilation[1], size[1], conv.strides[1])
+            seen = grouped[:, :, :, rows, columns].reshape(len(levels), conv.groups, inner, -1)
+            total += np.matmul(kernel[:, :, :, y, x], seen)
+    return total.astype(np.int64).reshape((len(levels), outputs) + size)
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> Pair:
-    """TensorFlow's SAME padding of one axis, (before, after): the extra one goes after."""
+    """TensorFlow's SAME padding of one axis, (before, after): the odd one goes after."""
     total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
+
+
+def _requantize_dense(sums: np.ndarray, conv: IntegerConv) -> np.ndarray:
+    scales, bias, s_in, s_out = _float32(conv)
+    kernel_sums = conv.weight.sum(axis=(1, 2, 3))
+    stored = _int32(sums + _STORAGE_OFFSET * _column(kernel_sums)).astype(np.float32)
+    shift = (bias - kernel_sums.astype(np.float32) * scales * np.float32(_STORAGE_OFFSET) * s_in) / s_out
+    return stored * _column(scales) * (s_in / s_out) + _column(shift)
+
+
+def _requantize_depthwise(sums: np.ndarray, conv: IntegerConv) -> np.ndarray:
+    scales, bias, s_in, s_out = _float32(conv)
+    scales = np.maximum(scales, _SMALLEST_DEPTHWISE_SCALE)
+    offset = _STORAGE_OFFSET * conv.weight.sum(axis=(1, 2, 3))
+    # MNN stores the two together, passing through float32, which loses digits of a very large bias.
+    stored = _int32(np.trunc(bias / (s_in * scales))).astype(np.float32) - offset.astype(np.float32)
+    whole = _int32(sums + _column(offset + stored.astype(np.int64)))
+    return whole.astype(np.float32) * _column(scales * (s_in / s_out))
+
+
+def _float32(conv: IntegerConv) -> Tuple[np.ndarray, np.ndarray, np.float32, np.float32]:
+    scales = np.asarray(conv.weight_scales, dtype=np.float32)
+    bias = np.zeros_like(scales) if conv.bias is None else np.asarray(conv.bias, dtype=np.float32)
+    return scales, bias, np.float32(conv.input_scale), np.float32(conv.output_scale)
+
+
+def _to_levels(real: np.ndarray, grid: Grid) -> np.ndarray:
+    return np.clip(round_half_away(real), grid.lower, grid.upper).astype(np.int32)
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    return values[:, None, None]
+
+
+def _int32(values: np.ndarray) -> np.ndarray:
+    largest = np.abs(values).max() if values.size else 0
+    if largest > np.iinfo(np.int32).max:
+        raise ValueError(f"a sum or bias of {largest:.3g} does not fit the 32-bit accumulator of MNN")
+    return values.astype(np.int64)
+
+
+def _check_levels(levels: np.ndarray, name: str) -> None:
+    if not np.issubdtype(levels.dtype, np.integer):
+        raise TypeError(f"{name} must hold integer levels, got {levels.dtype}")
+    if levels.size and not (levels.min() >= -128 and levels.max() <= 127):
+        raise ValueError(f"levels of {name} must fit int8, got {levels.min()} to {levels.max()}")
+
+
+def _taps(start: int, count: int, stride: int) -> slice:
+    return slice(start, start + (count - 1) * stride + 1, stride)
 
 
 def _output_size(padded: int, kernel: int, stride: int, dilation: int) -> int:
     size = (padded - (kernel - 1) * dilation - 1) // stride + 1
     if size < 1:
-        raise ValueError("a kernel of {} (dilation {}) does not fit {} padded inputs".format(kernel, dilation, padded))
+        raise ValueError(f"a kernel of {kernel} with dilation {dilation} does not fit {padded} padded inputs")
     return size
