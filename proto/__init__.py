@@ -1,5 +1,6 @@
 """The wire and the converter: the parameter file, driving ``mnnconvert``, coverage, running and verifying a model."""
 
+from slimtrain.proto.arrays import Simulation, load_inputs, load_simulation, save_simulation
 from slimtrain.proto.converter import Conversion, ConvertOptions, convert
 from slimtrain.proto.layers import (
     LayerParams,
@@ -17,6 +18,9 @@ from slimtrain.proto.params import (
     save_algorithm,
     write_params,
 )
+from slimtrain.proto.runtime import measure_latency, run_model
+from slimtrain.proto.verify import OutputError, Verification, verify
+from slimtrain.proto.version import VERSION
 
 __all__ = [
     "Conversion",
@@ -24,16 +28,26 @@ __all__ = [
     "LayerParams",
     "MnnLayer",
     "MnnModel",
+    "OutputError",
     "PruneType",
     "QuantMethod",
+    "Simulation",
+    "VERSION",
+    "Verification",
     "WeightOnlyParams",
     "convert",
     "inspect_model",
+    "load_inputs",
+    "load_simulation",
+    "measure_latency",
     "params_from_json",
     "params_to_json",
     "prune_algorithm",
     "quantize_algorithm",
     "read_params",
+    "run_model",
     "save_algorithm",
+    "save_simulation",
+    "verify",
     "write_params",
 ]

@@ -27,6 +27,7 @@ _STRING_OR_NOT_FINITE = re.compile(r'"(?:[^"\\]|\\.)*"|(-?)\b(nan|inf)\b')
 _JSON_SPELLING = {"nan": "NaN", "inf": "Infinity"}
 # IDSTQuan.type of weights that are compressed, but not quantized: sparse floats, half floats.
 _FLOAT_BITS = {0: 32, 3: 16}
+_MOVES = ("ConvertTensor", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Permute", "Transpose")
 _CONVOLUTIONS = ("Convolution", "ConvolutionDepthwise", "Deconvolution", "DeconvolutionDepthwise")
 
 
@@ -52,10 +53,15 @@ class MnnLayer(NamedTuple):
 
 
 class MnnModel(NamedTuple):
-    """Operators with weights in the order of execution, and for every tensor the kind of operator that writes it."""
+    """A converted model.
+
+    ``layers``: operators with weights in the order of execution.  ``writers``: the kind of operator that writes each
+    tensor.  ``steps``: the scale of every tensor known to lie on a grid, to six decimals (all that the dump prints).
+    """
 
     layers: Tuple[MnnLayer, ...]
     writers: Dict[str, str]
+    steps: Dict[str, float]
 
 
 def inspect_model(path: PathLike, timeout: float = 600.0) -> MnnModel:
@@ -87,15 +93,20 @@ def parse_dump(lines: Iterable[str], source: str = "model") -> MnnModel:
     text = _STRING_OR_NOT_FINITE.sub(_spell, "".join(_without_numbers(lines)))
     try:
         net = json.loads(text)
-        layers, writers = _operators(net["oplists"], net["tensorName"])
-        for graph in net.get("subgraphs", ()):
-            inner, inner_writers = _operators(graph["nodes"], graph["tensors"])
-            layers += inner
-            writers.update(inner_writers)
+        graphs = [(net["oplists"], net["tensorName"], net.get("extraTensorDescribe", []))]
+        graphs += [(graph["nodes"], graph["tensors"], graph.get("extraTensorDescribe", []))
+                   for graph in net.get("subgraphs", ())]
+        layers: List[MnnLayer] = []
+        writers: Dict[str, str] = {}
+        steps: Dict[str, float] = {}
+        for nodes, tensors, described in graphs:
+            layers += _layers(nodes, tensors)
+            writers.update({tensors[index]: node["type"] for node in nodes for index in node.get("outputIndexes", ())})
+            steps.update(_steps(nodes, tensors, described))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ConversionError("{}: cannot read the converter's JSON of this model: {!r}".format(
             source, error)) from error
-    return MnnModel(tuple(layers), writers)
+    return MnnModel(tuple(layers), writers, steps)
 
 
 def _without_numbers(lines: Iterable[str]) -> Iterable[str]:
@@ -112,19 +123,25 @@ def _spell(match: Any) -> str:
     return match.group(1) + _JSON_SPELLING[match.group(2)] if match.group(2) else match.group(0)
 
 
-def _operators(nodes: List[Dict[str, Any]], tensors: List[str]) -> Tuple[List[MnnLayer], Dict[str, str]]:
-    layers: List[MnnLayer] = []
-    writers: Dict[str, str] = {}
+def _layers(nodes: List[Dict[str, Any]], tensors: List[str]) -> List[MnnLayer]:
+    layers = []
     constants: Dict[int, int] = {}
     for node in nodes:
-        outputs = node.get("outputIndexes", [])
-        writers.update({tensors[index]: node["type"] for index in outputs})
-        if node["type"] == "Const" and outputs:
-            constants[outputs[0]] = _elements(node["main"])
+        if node["type"] == "Const" and node.get("outputIndexes"):
+            constants[node["outputIndexes"][0]] = _elements(node["main"])
         layer = _layer(node, tensors, constants)
         if layer is not None:
             layers.append(layer)
-    return layers, writers
+    return layers
+
+
+def _steps(nodes: List[Dict[str, Any]], tensors: List[str], described: List[Dict[str, Any]]) -> Dict[str, float]:
+    """Scales by tensor, handed on by operators that only move numbers: a linear layer ends with a Reshape."""
+    steps = {tensors[entry["index"]]: entry["quantInfo"]["scale"] for entry in described if entry.get("quantInfo")}
+    for node in nodes:
+        if node["type"] in _MOVES and tensors[node["inputIndexes"][0]] in steps:
+            steps.setdefault(tensors[node["outputIndexes"][0]], steps[tensors[node["inputIndexes"][0]]])
+    return {tensor: step for tensor, step in steps.items() if step > 0}
 
 
 def _elements(blob: Dict[str, Any]) -> int:
