@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary neighbour is flushed to the disk, then renamed over them."""
+"""Files written whole or not at all: to a temporary neighbour first, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 

@@ -129,9 +129,9 @@ def checked_scale(scale: ArrayLike, dtype: type) -> np.ndarray:
         ValueError: naming the first offending index.
     """
     given = np.asarray(scale, dtype=np.float64)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         step: np.ndarray = given.astype(dtype)
-    bad = np.flatnonzero(~(np.isfinite(step) & (step > 0)))
+        bad = np.flatnonzero(~(np.isfinite(step) & (step > 0)))
     if bad.size:
         raise ValueError(f"scale must be finite and positive in {np.dtype(dtype)}, "
                          f"got {given.ravel()[bad[0]]} at index {bad[0]} of {step.size}")
