@@ -77,12 +77,14 @@ def place(ops: Sequence[Op], outputs: Sequence[str]) -> Placement:
 
     Args:
         ops: the network in execution order; a name that no operation produces is an input of the network.
-        outputs: tensors that leave the network (an operation is never fused past one).
+        outputs: tensors that leave the network (an operation is never fused past one); operations that lead to none
+            of them are ignored, as a converter drops them.
 
     Raises:
         ValueError: two operations produce a tensor of the same name, or a layer reads no or several tensors.
     """
     producer = _producers(ops)
+    ops = _alive(ops, outputs, producer)
     fused = _fused_outputs(ops, outputs)
     quantizers = {fused[op.output]: Quantizer(op.layer, Role.OUTPUT) for op in ops if op.kind is OpKind.LAYER}
     calls: List[LayerCall] = []
@@ -106,6 +108,18 @@ def _producers(ops: Sequence[Op]) -> Dict[str, Op]:
             raise ValueError("layer %r must read one tensor, it reads %r" % (op.layer, op.inputs))
         producer[op.output] = op
     return producer
+
+
+def _alive(ops: Sequence[Op], outputs: Sequence[str], producer: Dict[str, Op]) -> List[Op]:
+    """The operations that lead to an output, in order."""
+    wanted = list(outputs)
+    alive = set()
+    while wanted:
+        name = wanted.pop()
+        if name in producer and name not in alive:
+            alive.add(name)
+            wanted.extend(producer[name].inputs)
+    return [op for op in ops if op.output in alive]
 
 
 def _fused_outputs(ops: Sequence[Op], outputs: Sequence[str]) -> Dict[str, str]:

@@ -64,6 +64,14 @@ def test_a_layer_called_twice_has_two_calls_and_one_pair_of_scales():
     assert [call.input for call in placed.calls] == [owner("shared", "input"), owner("shared", "output")]
 
 
+def test_operations_that_lead_nowhere_do_not_count():
+    ops = [Op("a", CONV, ("x",), "conv1"), Op("d", OpKind.OTHER, ("a",)), Op("e", CONV, ("a",), "dead"),
+           Op("b", OpKind.RELU, ("a",))]
+    placed = place(ops, ["b"])
+    assert [call.layer for call in placed.calls] == ["conv1"]
+    assert placed.calls[0].fused == "b"
+
+
 def test_a_scale_that_also_serves_a_signed_tensor_is_signed():
     ops = [Op("a", CONV, ("x",), "shared"), Op("r", OpKind.RELU, ("a",)), Op("b", CONV, ("r",), "shared")]
     assert place(ops, ["b"]).non_negative == ()
@@ -75,4 +83,4 @@ def test_a_scale_that_also_serves_a_signed_tensor_is_signed():
 ])
 def test_a_graph_that_is_none_is_refused(ops, message):
     with pytest.raises(ValueError, match=message):
-        place(ops, [])
+        place(ops, ["a"])

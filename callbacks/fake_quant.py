@@ -1,0 +1,147 @@
+"""The fake-quantization operation of learned step size quantization, fused.
+
+``y = clip(round(x / s), lower, upper) * s`` rounding half away from zero, with the gradients of LSQ
+(Esser et al., arXiv 1902.08153, equations 3 and 5): straight through inside the range for ``x``, and for ``s`` the
+rounding error inside and the clip level outside, scaled by ``1 / sqrt(N * upper)``.
+
+The arithmetic is two element-wise functions. On large float32 tensors they are compiled by ``torch.compile`` where
+that works on this machine; elsewhere the same functions run eagerly, with the same numbers. ``slimtrain.core.lsq``
+is their numpy oracle.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any, Callable, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+#: below this many elements a kernel launch costs more than fusing saves, and compiling would cost seconds
+_COMPILE_FROM = 1 << 15
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+class Range(NamedTuple):
+    """Integer levels of a quantizer as float32 scalars on the device of the scale (tensors: changing bits never recompiles)."""
+
+    lower: Tensor
+    upper: Tensor
+    gradient_scale: float  #: 1 / sqrt(upper); the 1 / sqrt(N) of LSQ is applied per call
+
+
+def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
+    """Quantize and dequantize ``x``.
+
+    Args:
+        x: float tensor of any shape and memory format.
+        scale: positive float32; a scalar, or one per slice of the first dimension of ``x``.
+        levels: the integer range.
+
+    Returns:
+        a tensor like ``x``; differentiable in ``x`` and ``scale``.
+    """
+    if x.dtype in _NARROW:  # a grid of 255 levels does not fit the 8 bits of bfloat16: compute wide, return narrow
+        return fake_quantize(x.float(), scale, levels).to(x.dtype)
+    bounds = levels.lower.to(x.dtype), levels.upper.to(x.dtype)
+    return _FakeQuantize.apply(x, scale.to(x.dtype), *bounds, levels.gradient_scale)  # type: ignore[no-any-return]
+
+
+def _forward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    t = x / scale
+    return torch.clamp(torch.sign(t) * torch.floor(torch.abs(t) + 0.5), lower, upper) * scale
+
+
+def _backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tuple[Tensor, Tensor]:
+    t = x / scale
+    level = torch.clamp(torch.sign(t) * torch.floor(torch.abs(t) + 0.5), lower, upper)
+    inside = (t >= lower) & (t <= upper)
+    return torch.where(inside, grad, 0.0), grad * torch.where(inside, level - t, level)
+
+
+def _backward_summed(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tuple[Tensor, Tensor]:
+    dx, ds = _backward(grad, x, scale, lower, upper)
+    return dx, ds.sum(dim=-1, keepdim=True)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, gradient_scale: float) -> Tensor:
+        ctx.save_for_backward(x, scale, lower, upper)
+        ctx.gradient_scale = gradient_scale
+        if not _is_fused(x):
+            return _forward(x, _broadcast(scale, x), lower, upper)
+        rows = scale.numel()
+        y = _compiled(_forward, x.device.type)(_flat(x, rows), scale.reshape(rows, 1), lower, upper)
+        return _shaped(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, scale, lower, upper = ctx.saved_tensors
+        rows = scale.numel()
+        elements = max(1, x.numel() // max(1, rows))
+        if _is_fused(x):
+            function = _compiled(_backward_summed, x.device.type)
+            grad = _flat(_in_layout_of(grads[0], x), rows)
+            dx, ds = function(grad, _flat(x, rows), scale.reshape(rows, 1), lower, upper)
+            dx = _shaped(dx, x)
+        else:
+            dx, ds = _backward(grads[0], x, _broadcast(scale, x), lower, upper)
+            ds = ds.reshape(rows, -1).sum(dim=-1)
+        ds = ds.reshape(scale.shape) * (ctx.gradient_scale / math.sqrt(elements))
+        return dx, ds, None, None, None
+
+
+def _broadcast(scale: Tensor, x: Tensor) -> Tensor:
+    return scale if scale.dim() == 0 else scale.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+# One kernel serves every shape and memory format, because it sees (scales, elements per scale) in memory order.
+
+
+def _flat(x: Tensor, rows: int) -> Tensor:
+    return x.as_strided((1, x.numel()), (x.numel(), 1)) if rows == 1 and _is_dense(x) else x.reshape(rows, -1)
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` with the shape and layout of ``x``, as a tensor of its own: autograd forbids changing a view in place."""
+    layout = x if _is_dense(x) else torch.empty(x.shape, device="meta")
+    return y.new_empty(0).set_(y.untyped_storage(), 0, layout.shape, layout.stride())
+
+
+def _in_layout_of(grad: Tensor, x: Tensor) -> Tensor:
+    if grad.stride() == x.stride() or not _is_dense(x):
+        return grad
+    return torch.empty_like(x).copy_(grad)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether ``x`` fills its memory without gaps, in the usual or in the channels-last order."""
+    layout = _CHANNELS_LAST.get(x.dim())
+    return x.is_contiguous() or (layout is not None and x.is_contiguous(memory_format=layout))
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _is_fused(x: Tensor) -> bool:
+    worth_it = x.numel() >= _COMPILE_FROM and x.dtype is torch.float32
+    return worth_it and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Compile a function, or give it back as it is where this machine has no working compiler."""
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+    probe = torch.zeros(2, _COMPILE_FROM, device=device)
+    scale, level = torch.ones(2, 1, device=device), torch.ones((), device=device)
+    arguments = (probe, scale, -level, level) if function is _forward else (probe, probe, scale, -level, level)
+    try:
+        compiled(*arguments)
+    except Exception as error:  # a missing compiler surfaces as any of a dozen types, all of which mean: run eagerly
+        logger.info("fake quantization runs eagerly, torch.compile does not work here: %s", error)
+        return function
+    return compiled

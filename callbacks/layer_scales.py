@@ -1,0 +1,120 @@
+"""The learned scales of one layer, beside its weights but outside the model's ``state_dict``."""
+from __future__ import annotations
+
+from typing import Any, Dict, NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimtrain.callbacks.fake_quant import Range
+from slimtrain.core import SMALLEST_SCALE, Grid, Role, activation_grid, mse_scale, weight_grid
+
+#: the attribute of a layer under which its scales hang
+SCALES = "slimtrain_scales"
+
+
+class Bits(NamedTuple):
+    """Bit widths of one layer, 2 to 8."""
+
+    weight: int
+    activation: int
+
+
+class LayerScales(nn.Module):
+    """Scales and integer ranges of one layer.
+
+    The scales are parameters, so that any optimizer trains them and DDP averages their gradients, but nothing of
+    this module appears in a ``state_dict``: a checkpoint of the model stays that of the float model.
+    The two activation scales share one parameter, so that the one a network does not use still has a gradient (zero)
+    and DDP has no unused parameters.
+
+    Args:
+        layer: a convolution or linear layer; its weight gives the shape, device and start of the weight scales.
+        bits: bit widths.
+        keep_zeros: weights that are zero now stay zero.
+    """
+
+    weight: nn.Parameter      #: float32 [out_channels]
+    activation: nn.Parameter  #: float32 [2]: input, output
+
+    def __init__(self, layer: nn.Module, bits: Bits, keep_zeros: bool = False) -> None:
+        super().__init__()
+        weight = layer.weight
+        if not isinstance(weight, Tensor):
+            raise TypeError("a quantized layer needs a weight tensor, %s has %r" % (type(layer).__name__, weight))
+        self.bits = bits
+        self.weight_grid = weight_grid(bits.weight)
+        self._grids = {role: activation_grid(bits.activation) for role in Role}
+        start = mse_scale(weight.detach().float().cpu().numpy(), self.weight_grid, axis=0)
+        self.weight = nn.Parameter(torch.from_numpy(np.array(start, dtype=np.float32)).to(weight.device))
+        self.activation = nn.Parameter(torch.ones(2, device=weight.device))
+        self.register_buffer("levels", torch.empty(3, 2, device=weight.device), persistent=False)
+        self.register_buffer("keep", weight.detach() != 0 if keep_zeros else None, persistent=False)
+        self._write_levels()
+
+    def grid(self, role: Role) -> Grid:
+        """Integer levels of the layer's input or output."""
+        return self._grids[role]
+
+    def set_signed(self, role: Role, signed: bool) -> None:
+        """Choose between a signed and (below 8 bits) an unsigned range."""
+        self._grids[role] = activation_grid(self.bits.activation, signed)
+        self._write_levels()
+
+    def weight_scale(self) -> Tensor:
+        """Positive scales, [out_channels], differentiable."""
+        return positive(self.weight)
+
+    def activation_scale(self, role: Role) -> Tensor:
+        """A positive scalar scale, differentiable."""
+        return positive(self.activation[_POSITION[role]])
+
+    def weight_range(self) -> Range:
+        """Integer range of the weights."""
+        return self._range(0, self.weight_grid)
+
+    def activation_range(self, role: Role) -> Range:
+        """Integer range of the input or output."""
+        return self._range(1 + _POSITION[role], self._grids[role])
+
+    def set_activation_scale(self, role: Role, scale: float) -> None:
+        """Overwrite one activation scale."""
+        with torch.no_grad():
+            self.activation[_POSITION[role]] = scale
+
+    def _range(self, row: int, grid: Grid) -> Range:
+        levels = self.levels[row]
+        return Range(levels[0], levels[1], float(grid.upper) ** -0.5)
+
+    def _write_levels(self) -> None:
+        grids = [self.weight_grid, self._grids[Role.INPUT], self._grids[Role.OUTPUT]]
+        self.levels.copy_(torch.tensor([[grid.lower, grid.upper] for grid in grids], dtype=torch.float32))
+
+    # nothing of this module belongs to the user's state_dict
+
+    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        pass
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        # ``module.half()`` moves scales between devices, but does not narrow them: a bfloat16 scale has 8 bits left
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+
+
+_POSITION = {Role.INPUT: 0, Role.OUTPUT: 1}
+
+
+def positive(scale: Tensor) -> Tensor:
+    """The scale that is used for a learned value, which an optimizer step may take below zero."""
+    return scale.abs().clamp_min(SMALLEST_SCALE)
+
+
+def scales_of(layer: nn.Module) -> LayerScales:
+    """The scales of a quantized layer."""
+    scales: Optional[Any] = getattr(layer, SCALES, None)
+    if not isinstance(scales, LayerScales):
+        raise RuntimeError("layer %s has no scales: call convert() first" % type(layer).__name__)
+    return scales

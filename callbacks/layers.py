@@ -1,0 +1,66 @@
+"""Which layers of a model can run in int8, and why the others cannot."""
+from __future__ import annotations
+
+from typing import Collection, Dict, List, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from slimtrain.core import select
+
+
+class LayerChoice(NamedTuple):
+    """The parameterised layers of a model."""
+
+    quantized: Dict[str, nn.Module]  #: name -> layer, in the order of the model
+    left_float: Dict[str, str]       #: name -> reason
+
+
+def choose_layers(model: nn.Module, skip: Collection[str]) -> LayerChoice:
+    """Split the parameterised layers of a model into quantized and float ones.
+
+    Args:
+        model: the model.
+        skip: names or patterns (``features.*``) of layers that the user wants to keep float.
+
+    Raises:
+        ValueError: an entry of ``skip`` names no layer; the model has no layer that can be quantized.
+    """
+    weighted = {name: module for name, module in model.named_modules() if weight_count(module)}
+    skipped = set(select(list(weighted), list(skip))) if skip else set()
+    quantized: Dict[str, nn.Module] = {}
+    left_float: Dict[str, str] = {}
+    for name, module in weighted.items():
+        reason = "named in skip_quant_layers" if name in skipped else why_float(module)
+        if reason:
+            left_float[name] = reason
+        else:
+            quantized[name] = module
+    if not quantized:
+        found = "; ".join("%s: %s" % item for item in left_float.items()) or "no layer with weights was found"
+        raise ValueError("nothing to quantize (%s). Layers made in LightningModule.setup do not exist yet when a "
+                         "callback is set up: make them in __init__ or configure_model" % found)
+    return LayerChoice(quantized, left_float)
+
+
+def why_float(module: nn.Module) -> str:
+    """The reason why MNN cannot run a layer in int8; "" when it can."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+        return "MNN has no int8 %s" % type(module).__name__
+    if parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), Tensor):
+        return "its weight is computed from other parameters; remove the parametrization first"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        if 1 < module.groups == module.in_channels < module.out_channels:
+            return "a depthwise convolution with a channel multiplier has no addressable int8 form in MNN"
+    return ""
+
+
+def layer_kind(module: nn.Module) -> str:
+    """What a person calls the layer: ``Conv2d 3x3``, ``Linear``."""
+    kernel: List[int] = list(getattr(module, "kernel_size", ()))
+    return " ".join([type(module).__name__] + (["x".join(map(str, kernel))] if kernel else []))
+
+
+def weight_count(module: nn.Module) -> int:
+    """Number of weights a layer multiplies with (biases and the affine of a norm are not compressed)."""
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() >= 2)

@@ -1,0 +1,76 @@
+"""Looking at a model without touching it: its float structure, its quiet execution, its evaluation mode."""
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from typing import Dict, Iterator, Optional
+
+import torch
+from torch import nn
+
+from slimtrain.callbacks.layer_scales import SCALES, LayerScales
+from slimtrain.callbacks.tracking import TrackerHook
+
+# where torch keeps the forward hooks of a module, and which of them want keyword arguments or are always called
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_HOOK_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def float_view(model: nn.Module) -> nn.Module:
+    """The user's float model: new module objects over the same parameters, without hooks and scales.
+
+    What an exporter does to it (evaluation mode, hooks) does not reach the model that is being trained.
+    """
+    return _view(model, {})
+
+
+def _view(module: nn.Module, seen: Dict[int, nn.Module]) -> nn.Module:
+    if id(module) in seen:
+        return seen[id(module)]
+    view = copy.copy(module)
+    seen[id(module)] = view
+    children = {name: child for name, child in module._modules.items() if name != SCALES}
+    ours = {key for name in _HOOKS for key, hook in view.__dict__[name].items() if isinstance(hook, TrackerHook)}
+    for name in (*_HOOKS, *_HOOK_FLAGS):
+        view.__dict__[name] = OrderedDict((key, value) for key, value in view.__dict__[name].items() if key not in ours)
+    view._modules = {name: None if child is None else _view(child, seen) for name, child in children.items()}
+    view._parameters = dict(module._parameters)
+    view._buffers = dict(module._buffers)
+    return view
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to each module's own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradients and without a trace: its buffers and the random state are as before afterwards."""
+    own = [module for module in model.modules() if not isinstance(module, LayerScales)]
+    buffers = [(buffer, buffer.clone()) for module in own for buffer in module.buffers(recurse=False)]
+    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def submodule(model: nn.Module, path: Optional[str]) -> nn.Module:
+    """The submodule at a dotted path; the model itself for None or ""."""
+    try:
+        return model.get_submodule(path or "")
+    except AttributeError as error:
+        known = ", ".join(name for name, _ in model.named_children()) or "none"
+        raise ValueError("the model has no submodule %r; its children are: %s" % (path, known)) from error

@@ -1,0 +1,219 @@
+"""Rewriting a float ONNX file so that MNN quantizes all of it and computes what training simulated.
+
+Four things stand between an exported file and an exact int8 model (all measured on MNN 3.6): weights must lie on
+their grid; linear layers above 65535 weights, or followed by an activation, only work as 1x1 convolutions; average
+pools of int8 tensors lose half a step; and the parameter file must call each tensor what the converter will call it.
+"""
+from __future__ import annotations
+
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from slimtrain.callbacks.deployment import DeployedLayer
+from slimtrain.callbacks.onnx_graph import OnnxGraph, attribute
+from slimtrain.callbacks.onnx_match import Match, match_layers, node_weight
+from slimtrain.core import SlimtrainError
+from slimtrain.proto import LayerParams
+
+# what the converter appends to the name of a convolution that is an output of the graph
+_OUTPUT_SUFFIX = "__before_tr"
+
+
+class Rewritten(NamedTuple):
+    """A rewritten model and the parameters that belong to it."""
+
+    model: onnx.ModelProto
+    params: Tuple[LayerParams, ...]
+    changes: Tuple[str, ...]     #: one sentence per structural change
+
+
+def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid: bool = True) -> Rewritten:
+    """Rewrite a copy of ``model``.
+
+    Args:
+        model: the exported float model.
+        layers: the quantized layers in execution order.
+        on_grid: False keeps the trained float weights, to check the structural changes by themselves.
+
+    Raises:
+        SlimtrainError: a layer cannot be found, or the file's structure is not that of the recorded model.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph = OnnxGraph(copy)
+    changes: List[str] = []
+    names = []
+    for match in match_layers(graph, layers):
+        write = _write_conv if match.node.op_type == "Conv" else _write_linear
+        names.append(write(graph, match, on_grid, changes))
+    for node in list(copy.graph.node):
+        if node.op_type in _POOLS:
+            _POOLS[node.op_type](graph, node, changes)
+    graph.drop_unused_constants()
+    onnx.checker.check_model(copy)
+    params = [entry for layer, name in zip(layers, names) for entry in _params(layer, name, graph)]
+    return Rewritten(copy, tuple(params), tuple(changes))
+
+
+# -- layers
+
+
+def _write_conv(graph: OnnxGraph, match: Match, on_grid: bool, changes: List[str]) -> str:
+    node, layer = match.node, match.layer
+    if layer.folds_batch_norm and not match.weight_is_folded:
+        _drop_batch_norm(graph, node, layer, changes)
+    shape = node_weight(graph, node).shape
+    inputs = [node.input[0], *_constants(graph, layer, on_grid, shape)]
+    del node.input[:]
+    node.input.extend(inputs)
+    graph.refresh()
+    return str(node.output[0])
+
+
+def _constants(graph: OnnxGraph, layer: DeployedLayer, on_grid: bool, shape: Tuple[int, ...]) -> List[str]:
+    """Names of the weight and, where there is one, the bias."""
+    weight, bias = layer.weight, layer.bias
+    if not on_grid:
+        factor = layer.factor.reshape((-1,) + (1,) * (layer.levels.ndim - 1))
+        weight, bias = (layer.trained_weight * factor).astype(np.float32), layer.float_bias
+    names = [graph.add_constant(weight.reshape(shape), layer.name + ".weight")]
+    return names if bias is None else names + [graph.add_constant(bias, layer.name + ".bias")]
+
+
+def _drop_batch_norm(graph: OnnxGraph, node: onnx.NodeProto, layer: DeployedLayer, changes: List[str]) -> None:
+    norm = graph.only_consumer(node.output[0])
+    if norm is None or norm.op_type != "BatchNormalization":
+        raise SlimtrainError("layer %r is followed by a batch norm in the model, but by %s in the ONNX file; export "
+                             "the model in evaluation mode" % (layer.name, norm.op_type if norm else "nothing"))
+    output = norm.output[0]
+    graph.replace([norm], [])
+    node.output[0] = output
+    graph.refresh()
+    changes.append("folded the batch norm behind %s" % layer.name)
+
+
+def _write_linear(graph: OnnxGraph, match: Match, on_grid: bool, changes: List[str]) -> str:
+    """Write a linear layer as reshape, 1x1 convolution, activation, reshape; returns the convolution's output."""
+    layer, old = match.layer, [match.node]
+    source, output = match.node.input[0], match.node.output[0]
+    rank = len(graph.shapes().get(source, ())) if match.node.op_type == "MatMul" else 2
+    following = graph.only_consumer(output)
+    if match.node.op_type == "MatMul" and following is not None and following.op_type == "Add":
+        old, output = old + [following], following.output[0]
+        following = graph.only_consumer(output)
+    if layer.folds_batch_norm and following is not None and following.op_type == "BatchNormalization":
+        old, output = old + [following], following.output[0]
+        following = graph.only_consumer(output)
+    activation = following if layer.activation and following is not None and is_fusable(graph, following) else None
+    if activation is not None:
+        old, output = old + [activation], activation.output[0]
+    outputs, features = layer.levels.shape
+    image, conv = graph.new_name(layer.name + "/image"), graph.new_name(layer.name + "/conv")
+    shape = graph.add_constant(np.array([-1, features, 1, 1], np.int64), layer.name + "/image_shape")
+    inputs = [image, *_constants(graph, layer, on_grid, (outputs, features, 1, 1))]
+    new = [helper.make_node("Reshape", [source, shape], [image]),
+           helper.make_node("Conv", inputs, [conv], name=conv, kernel_shape=[1, 1])]
+    last = conv
+    if activation is not None:
+        last = graph.new_name(layer.name + "/activation")
+        fused = onnx.NodeProto()
+        fused.CopyFrom(activation)
+        fused.input[0], fused.output[0] = conv, last
+        new.append(fused)
+    new += _reshape_back(graph, layer.name, source, last, output, rank, outputs)
+    graph.replace(old, new)
+    changes.append("wrote linear layer %s as a 1x1 convolution" % layer.name)
+    return conv
+
+
+def _reshape_back(graph: OnnxGraph, name: str, source: str, last: str, output: str, rank: int,
+                  outputs: int) -> List[onnx.NodeProto]:
+    if rank == 2:
+        shape = graph.add_constant(np.array([-1, outputs], np.int64), name + "/shape")
+        return [helper.make_node("Reshape", [last, shape], [output])]
+    parts = [graph.new_name(name + "/" + part) for part in ("dims", "leading", "shape")]
+    bounds = [graph.add_constant(np.array([value], np.int64), name + "/bound") for value in (0, -1)]
+    width = graph.add_constant(np.array([outputs], np.int64), name + "/width")
+    return [helper.make_node("Shape", [source], [parts[0]]),
+            helper.make_node("Slice", [parts[0], *bounds], [parts[1]]),
+            helper.make_node("Concat", [parts[1], width], [parts[2]], axis=0),
+            helper.make_node("Reshape", [last, parts[2]], [output])]
+
+
+def is_fusable(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    """Whether the converter fuses an activation into the convolution before it."""
+    if node.op_type == "Relu":
+        return True
+    if node.op_type != "Clip":
+        return False
+    bounds: List[Optional[float]] = []
+    for position, name in ((1, "min"), (2, "max")):
+        value = graph.constant(node.input[position]) if len(node.input) > position else attribute(node, name)
+        bounds.append(None if value is None else float(value))
+    return bounds == [0.0, 6.0]
+
+
+# -- pools
+
+
+def _write_global_average(graph: OnnxGraph, node: onnx.NodeProto, changes: List[str]) -> None:
+    graph.replace([node], [_mean(graph, node)])
+    changes.append("wrote the global average pool %s as a mean" % node.output[0])
+
+
+def _mean(graph: OnnxGraph, node: onnx.NodeProto) -> onnx.NodeProto:
+    rank = len(graph.shapes().get(node.input[0], (0,) * 4))
+    axes = list(range(2, rank))
+    if graph.opset < 18:
+        return helper.make_node("ReduceMean", [node.input[0]], [node.output[0]], axes=axes, keepdims=1)
+    axes_name = graph.add_constant(np.array(axes, np.int64), "mean_axes")
+    return helper.make_node("ReduceMean", [node.input[0], axes_name], [node.output[0]], keepdims=1)
+
+
+def _write_average(graph: OnnxGraph, node: onnx.NodeProto, changes: List[str]) -> None:
+    """Write an average pool as a float depthwise convolution: MNN would average bytes and round down."""
+    channels = (graph.shapes().get(node.input[0]) or [None, None])[1]
+    padded = any(attribute(node, "pads", [0]))
+    if channels is None or attribute(node, "ceil_mode", 0) or (padded and not attribute(node, "count_include_pad", 0)):
+        changes.append("left the average pool %s, which MNN rounds by up to one step" % node.output[0])
+        return
+    kernel = attribute(node, "kernel_shape")
+    weight = np.full((channels, 1, *kernel), 1.0 / np.prod(kernel), np.float32)
+    attributes = {name: value for name, value in ((key, attribute(node, key)) for key in
+                                                  ("kernel_shape", "strides", "pads", "auto_pad", "dilations"))
+                  if value is not None}
+    conv = helper.make_node("Conv", [node.input[0], graph.add_constant(weight, "average_weight")], [node.output[0]],
+                            name=node.output[0] + "/average", group=channels, **attributes)
+    graph.replace([node], [conv])
+    changes.append("wrote the average pool %s as a float convolution" % node.output[0])
+
+
+_POOLS: "dict[str, Callable[[OnnxGraph, onnx.NodeProto, List[str]], None]]" = {
+    "GlobalAveragePool": _write_global_average, "AveragePool": _write_average}
+
+
+# -- parameters
+
+
+def _params(layer: DeployedLayer, conv_output: str, graph: OnnxGraph) -> List[LayerParams]:
+    """One entry, or one per group: the converter splits grouped convolutions and numbers the parts."""
+    channels = len(layer.weight_scales)
+    if layer.groups == 1 or layer.groups == channels:
+        fused = _fused_output(graph, conv_output)
+        return [_entry(layer, layer.name, (fused, fused + _OUTPUT_SUFFIX), slice(None))]
+    size = channels // layer.groups
+    return [_entry(layer, "%s[group %d]" % (layer.name, group), ("%s___output___%d" % (conv_output, group),),
+                   slice(group * size, (group + 1) * size)) for group in range(layer.groups)]
+
+
+def _entry(layer: DeployedLayer, name: str, outputs: Tuple[str, ...], part: slice) -> LayerParams:
+    return LayerParams(name, outputs, layer.input_scale, layer.output_scale, layer.weight_scales[part],
+                       layer.input_grid, layer.output_grid, layer.weight_grid)
+
+
+def _fused_output(graph: OnnxGraph, output: str) -> str:
+    node = graph.only_consumer(output)
+    return str(node.output[0]) if node is not None and is_fusable(graph, node) else output

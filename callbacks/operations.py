@@ -1,0 +1,129 @@
+"""What each torch function does to the values that flow through it, in the vocabulary of ``slimtrain.core.placement``.
+
+Functions are known by name, so that ``torch.relu``, ``Tensor.relu_`` and ``torch.nn.functional.relu`` are one entry.
+"""
+from __future__ import annotations
+
+import numbers
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from torch import Tensor
+
+from slimtrain.core import OpKind
+
+LAYER_FUNCTIONS = frozenset({"conv1d", "conv2d", "linear"})
+
+_ARITHMETIC = frozenset(
+    operator.format(name)
+    for name in ("add", "mul", "div", "true_divide")
+    for operator in ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
+) | {"__truediv__", "__itruediv__"}
+
+_KINDS: Dict[OpKind, Tuple[str, ...]] = {
+    OpKind.BATCH_NORM: ("batch_norm",),
+    OpKind.RELU: ("relu", "relu_"),
+    OpKind.RELU6: ("relu6",),
+    OpKind.NON_NEGATIVE: ("sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "softmax", "abs", "abs_", "exp",
+                          "exp_", "softplus", "square"),
+    OpKind.COMBINE: ("cat", "concat", "concatenate", "mean", "sum", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
+                     "adaptive_avg_pool2d"),
+    OpKind.VIEW: ("reshape", "view", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "T",
+                  "mT", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "contiguous", "chunk", "split",
+                  "tensor_split", "unbind", "narrow", "select", "index_select", "__getitem__", "expand", "clone",
+                  "roll", "flip", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "to", "detach", "dropout",
+                  "dropout1d", "dropout2d", "view_as", "reshape_as"),
+    OpKind.RESIZE: ("interpolate", "upsample"),
+    OpKind.MAX_POOL: ("max_pool1d", "max_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d"),
+}
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
+
+
+# questions about a tensor, which read none of its values
+_METADATA = frozenset({"dim", "size", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point",
+                       "is_complex", "type", "get_device", "data_ptr", "storage_offset", "__len__", "__repr__",
+                       "__format__", "__hash__", "register_hook", "requires_grad_", "is_pinned", "untyped_storage"})
+
+
+def reads_values(function: Callable[..., Any]) -> bool:
+    """Whether a torch function computes with values; ``x.shape`` and ``x.dim()`` do not."""
+    name = function_name(function)
+    if getattr(function, "__name__", "") in ("__get__", "__set__", "__delete__"):
+        return name in _KIND_OF or name in ("H", "mH", "real", "data")
+    return name not in _METADATA
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """Name a torch function; a property such as ``Tensor.T`` by the property."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return str(getattr(getattr(function, "__self__", None), "__name__", ""))
+    return name
+
+
+def operation_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], constants: bool) -> OpKind:
+    """Classify one call; ``constants`` tells that it also reads a tensor from outside the network."""
+    if name in ("hardtanh", "hardtanh_", "clamp", "clamp_", "clip"):
+        return _clip_kind(name, args, kwargs)
+    if name == "batch_norm":
+        # without running statistics there is nothing that a converter could fold
+        return OpKind.BATCH_NORM if argument(args, kwargs, 1, "running_mean") is not None else OpKind.OTHER
+    kind = OpKind.COMBINE if name in _ARITHMETIC else _KIND_OF.get(name, OpKind.OTHER)
+    if kind is OpKind.COMBINE and (constants or (name in _ARITHMETIC and _has_negative(args, kwargs))):
+        return OpKind.OTHER
+    return kind
+
+
+def _clip_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> OpKind:
+    default = -1.0 if name.startswith("hardtanh") else None
+    low = argument(args, kwargs, 1, "min_val" if name.startswith("hardtanh") else "min", default)
+    high = argument(args, kwargs, 2, "max_val" if name.startswith("hardtanh") else "max",
+                    1.0 if default is not None else None)
+    if isinstance(low, numbers.Real) and low >= 0:
+        return OpKind.RELU6 if low == 0 and isinstance(high, numbers.Real) and high == 6 else OpKind.NON_NEGATIVE
+    return OpKind.OTHER
+
+
+def _has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, numbers.Real) and value < 0 for value in (*args, *kwargs.values()))
+
+
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """The argument that a torch function was given by position or by name."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def tensors_in(values: Any) -> List[Tensor]:
+    """The tensors among call arguments or results, in order, looking into tuples, lists and dicts."""
+    found: List[Tensor] = []
+    _collect(values, found)
+    return found
+
+
+def _collect(value: Any, found: List[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Replace every tensor inside tuples, lists and dicts; anything else is returned as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    if isinstance(value, dict):
+        return type(value)((key, map_tensors(function, item)) for key, item in value.items())
+    return value
+
+
+def weight_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[Any]:
+    """The weight given to a convolution or linear function."""
+    return argument(args, kwargs, 1, "weight")

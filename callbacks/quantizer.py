@@ -1,0 +1,270 @@
+"""What all quantizers of a PyTorch model share: layers, scales, plan, state; in place on the user's model."""
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from typing import Any, Collection, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimtrain.callbacks.layer_scales import SCALES, Bits, LayerScales, scales_of
+from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count
+from slimtrain.callbacks.model_view import evaluation, unnoticed
+from slimtrain.callbacks.operations import map_tensors
+from slimtrain.callbacks.recording import Plan, Recorder
+from slimtrain.callbacks.simulation import Calibration, Simulation
+from slimtrain.callbacks.tracking import Handler, Tracker
+from slimtrain.callbacks.weight_decay import ScaleGroups
+from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, mse_scale
+
+logger = logging.getLogger(__name__)
+
+Batch = Tuple[Tuple[Any, ...], Mapping[str, Any]]
+
+
+class Quantizer:
+    """Simulates a model as MNN will run it in int8, in place.
+
+    The model object, its submodules and its parameters stay what they are; scales are added to its ``parameters()``
+    but never to its ``state_dict()``.
+
+    Args:
+        model: the float model.
+        skip_quant_layers: names or patterns of layers that stay float.
+        weight_bits, activation_bits: 2 to 8.
+        unsigned_activations: below 8 bits, give activations that are never negative the range 0..2^bits - 1.
+        retain_sparsity: weights that are zero now stay zero.
+        scale_lr_ratio: learning rate of the scales over that of the group the optimizer holds them in.
+        debug_info: log each layer's scales when they are set.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: bad bits or names; nothing to quantize.
+    """
+
+    def __init__(self, model: nn.Module, skip_quant_layers: Collection[str], weight_bits: int, activation_bits: int,
+                 *, unsigned_activations: bool = True, retain_sparsity: bool = False, scale_lr_ratio: float = 1.0,
+                 debug_info: bool = False) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError("model must be a torch.nn.Module, got %s" % type(model).__name__)
+        if scale_lr_ratio <= 0:
+            raise ValueError("scale_lr_ratio must be positive, got %r" % scale_lr_ratio)
+        self.model = model
+        self.bits = Bits(weight_bits, activation_bits)
+        self.plan: Optional[Plan] = None
+        self._choice = choose_layers(model, skip_quant_layers)
+        self._unsigned = unsigned_activations
+        self._debug = debug_info
+        self._tracker = Tracker(model, self.layers, Handler())
+        self._handles: List[Any] = []
+        self._scales = {name: LayerScales(layer, self.bits, retain_sparsity) for name, layer in self.layers.items()}
+        self._groups = ScaleGroups(self, scale_lr_ratio)
+
+    @property
+    def layers(self) -> Dict[str, nn.Module]:
+        """The quantized layers by name, in the order of the model."""
+        return self._choice.quantized
+
+    def scale_parameters(self) -> List[nn.Parameter]:
+        """The scales, as parameters."""
+        return [parameter for scales in self._scales.values() for parameter in scales.parameters()]
+
+    # -- presence on the model
+
+    def attach(self) -> None:
+        """Put scales and hooks on the model; does nothing when they are there."""
+        if self._handles:
+            return
+        for name, layer in self.layers.items():
+            layer.add_module(SCALES, self._scales[name])
+        self._handles = self._tracker.attach()
+
+    def detach(self) -> None:
+        """Take scales and hooks off the model; it computes as the float model it is. Nothing is forgotten."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in self.layers.values():
+            layer._modules.pop(SCALES, None)
+
+    # -- the plan and the start of the scales
+
+    def calibrate(self, batches: Iterable[Any]) -> int:
+        """Find out where the model is quantized, and a start for each activation's scale.
+
+        Args:
+            batches: inputs of the model; a tuple is several positional arguments, a dict keyword arguments.
+
+        Returns:
+            how many batches were seen. The model's buffers and the random state are left as they were.
+
+        Raises:
+            ValueError: there was no batch.
+        """
+        self.attach()
+        self.restart_weight_scales()
+        count = 0
+        calibration: Optional[Calibration] = None
+        with unnoticed(self.model):
+            for batch in batches:
+                args, kwargs = arguments(batch)
+                if calibration is None:
+                    self.record(args, kwargs)
+                    calibration = self._calibration()
+                with self._handling(calibration):
+                    self.model(*args, **kwargs)
+                count += 1
+        if not count:
+            raise ValueError("calibration needs at least one batch, got none")
+        self._average_over_ranks()
+        self.simulate_from_now()
+        return count
+
+    def record(self, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Record the plan from one run in evaluation mode."""
+        norms = {id(module.running_mean): name for name, module in self.model.named_modules()
+                 if isinstance(getattr(module, "running_mean", None), Tensor)}
+        recorder = Recorder(norms)
+        with unnoticed(self.model), evaluation(self.model), self._handling(recorder):
+            outputs = self.model(*args, **kwargs)
+            # the marks on the outputs belong to the run that just ended, which is still the tracker's latest
+            self.plan = recorder.finish(outputs, self._tracker)
+        self._choose_ranges()
+        for name in self.unused_layers():
+            logger.warning("layer %r is not used by the model's forward and stays float", name)
+
+    def restart_weight_scales(self) -> None:
+        """Choose the weight scales anew, from the weights as they are."""
+        for name, layer in self.layers.items():
+            scales = self._scales[name]
+            start = mse_scale(layer.weight.detach().float().cpu().numpy(), scales.weight_grid, axis=0)
+            with torch.no_grad():
+                scales.weight.copy_(torch.from_numpy(np.asarray(start)))
+                if scales.keep is not None:
+                    scales.keep.copy_(layer.weight != 0)
+
+    def unused_layers(self) -> List[str]:
+        """Quantizable layers that the recorded run never reached."""
+        used = {call.layer for call in self.plan.calls} if self.plan else set(self.layers)
+        return [name for name in self.layers if name not in used]
+
+    def simulate_from_now(self) -> None:
+        """From the next run on, the model computes as it will be deployed."""
+        if self.plan is None:
+            raise RuntimeError("the model has not been calibrated: call calibrate(batches) first")
+        self._tracker.handler = Simulation(self.layers, self.plan)
+        if self._debug:
+            for name in self.layers:
+                scales = scales_of(self.layers[name])
+                logger.info("%s: weight scales %.3g..%.3g, input %.3g, output %.3g", name,
+                            float(scales.weight_scale().min()), float(scales.weight_scale().max()),
+                            float(scales.activation_scale(Role.INPUT)), float(scales.activation_scale(Role.OUTPUT)))
+
+    # -- results
+
+    def simulate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the deployed model in float64: the reference for what a device computes.
+
+        Float32 sums differ in their last bits from a device's exact integer ones, which is enough to round a value
+        to the neighbouring level now and then; float64 sums are not. The model itself stays as it is.
+        """
+        if self.plan is None:
+            raise RuntimeError("the model has not been calibrated: call calibrate(batches) first")
+        tensors = {name: value.detach().double() if value.is_floating_point() else value
+                   for name, value in (*self.model.named_parameters(), *self.model.named_buffers())}
+        args, kwargs = map_tensors(_double, args), map_tensors(_double, kwargs)
+        with torch.no_grad(), evaluation(self.model):
+            return torch.func.functional_call(self.model, tensors, args, kwargs)
+
+    def coverage(self) -> Coverage:
+        """Each parameterised layer, its share of the weights, and why it is left float if it is."""
+        unused = self.unused_layers()
+        rows = []
+        for name, module in self.model.named_modules():
+            if name in self.layers:
+                reason = "the model's forward does not use it" if name in unused else ""
+            elif name in self._choice.left_float:
+                reason = self._choice.left_float[name]
+            else:
+                continue
+            state = LayerState.FLOAT if reason else LayerState.INT8
+            rows.append(LayerCoverage(name, layer_kind(module), weight_count(module), state, reason))
+        return Coverage(tuple(rows))
+
+    # -- state
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Scales and plan as plain tensors and strings."""
+        state: Dict[str, Any] = {
+            "plan": json.dumps(self.plan.to_json(), sort_keys=True) if self.plan else "",
+            "weight": {name: scales.weight.detach().clone() for name, scales in self._scales.items()},
+            "activation": {name: scales.activation.detach().clone() for name, scales in self._scales.items()},
+            "keep": {name: scales.keep.clone() for name, scales in self._scales.items() if scales.keep is not None},
+        }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: the state is that of other layers.
+        """
+        if set(state["weight"]) != set(self._scales):
+            differing = sorted(set(state["weight"]) ^ set(self._scales))
+            raise ValueError("the saved scales are of other layers than this model quantizes: %s" % ", ".join(differing))
+        with torch.no_grad():
+            for name, scales in self._scales.items():
+                scales.weight.copy_(state["weight"][name])
+                scales.activation.copy_(state["activation"][name])
+                if scales.keep is not None and name in state["keep"]:
+                    scales.keep.copy_(state["keep"][name])
+        if state["plan"]:
+            self.plan = Plan.from_json(json.loads(state["plan"]))
+            self._choose_ranges()
+            self.simulate_from_now()
+
+    # -- inside
+
+    def _calibration(self) -> Calibration:
+        assert self.plan is not None
+        return Calibration(self.layers, self.plan, choose_activation_scale)
+
+    @contextlib.contextmanager
+    def _handling(self, handler: Handler) -> Iterator[None]:
+        before, self._tracker.handler = self._tracker.handler, handler
+        try:
+            yield
+        finally:
+            self._tracker.handler = before
+
+    def _choose_ranges(self) -> None:
+        assert self.plan is not None
+        for owner in self.plan.owners.values():
+            signed = not self._unsigned or owner not in self.plan.non_negative
+            self._scales[owner.layer].set_signed(owner.role, signed)
+
+    def _average_over_ranks(self) -> None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        for scales in self._scales.values():
+            torch.distributed.all_reduce(scales.activation.data)
+            scales.activation.data /= torch.distributed.get_world_size()
+
+
+def choose_activation_scale(value: Tensor, grid: Grid) -> float:
+    """The start of an activation's scale: least squared error."""
+    return float(mse_scale(value.detach().float().cpu().numpy(), grid))
+
+
+def arguments(batch: Any) -> Batch:
+    """A batch as positional and keyword arguments of the model."""
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
