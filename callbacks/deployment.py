@@ -1,14 +1,13 @@
 """What of a trained layer goes to the device: integers, folded scales and biases, computed in float64."""
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional
+from typing import List, Mapping, NamedTuple, Optional
 
 import numpy as np
 from torch import Tensor, nn
 
-from slimtrain.callbacks.layer_scales import scales_of
-from slimtrain.callbacks.quantizer import Quantizer
-from slimtrain.callbacks.recording import PlannedCall
+from slimtrain.callbacks.layer_scales import LayerScales
+from slimtrain.callbacks.recording import Plan, PlannedCall
 from slimtrain.callbacks.simulation import is_depthwise
 from slimtrain.core import SMALLEST_SCALE, Grid, Role, capped_grid, fold_factor, quantize, round_half_away
 
@@ -41,26 +40,15 @@ class DeployedLayer(NamedTuple):
         return self.levels.astype(np.float32) * _columns(self.weight_scales, self.levels)
 
 
-def deployed_layers(quantizer: Quantizer) -> List[DeployedLayer]:
-    """Every use of a quantized layer in execution order.
-
-    Raises:
-        RuntimeError: the model has not been calibrated.
-    """
-    if quantizer.plan is None:
-        raise RuntimeError("nothing is known of the activations yet: train or calibrate before exporting")
-    modules = dict(quantizer.model.named_modules())
-    never_negative = quantizer.plan.non_negative
-    layers = []
-    for call in quantizer.plan.calls:
-        signed_pool = call.pooled and call.input not in never_negative
-        layers.append(_deploy(call, modules, signed_pool))
-    return layers
+def deployed_layers(model: nn.Module, plan: Plan, scales: Mapping[str, LayerScales]) -> List[DeployedLayer]:
+    """Every use of a quantized layer of a model, in execution order."""
+    modules = dict(model.named_modules())
+    return [_deploy(call, modules, scales, call.pooled and call.input not in plan.non_negative) for call in plan.calls]
 
 
-def _deploy(call: PlannedCall, modules: Dict[str, nn.Module], signed_pool: bool) -> DeployedLayer:
-    layer = modules[call.layer]
-    scales = scales_of(layer)
+def _deploy(call: PlannedCall, modules: Mapping[str, nn.Module], all_scales: Mapping[str, LayerScales],
+            signed_pool: bool) -> DeployedLayer:
+    layer, scales = modules[call.layer], all_scales[call.layer]
     weight = _array(layer.weight) if scales.keep is None else _array(layer.weight * scales.keep)
     scale = _array(scales.weight_scale())
     factor, shift = _affine(modules[call.batch_norm] if call.batch_norm else None, len(weight))
@@ -69,9 +57,9 @@ def _deploy(call: PlannedCall, modules: Dict[str, nn.Module], signed_pool: bool)
     levels = levels * _columns(np.sign(factor).astype(np.int32), levels)
     folded = scale * np.abs(factor)
     bias = shift if layer.bias is None else shift + _array(layer.bias) * factor
-    owner = scales_of(modules[call.input.layer])
+    owner = all_scales[call.input.layer]
     input_scale = owner.activation_scale(call.input.role).item()
-    output = scales_of(modules[call.output.layer])
+    output = all_scales[call.output.layer]
     output_scale = output.activation_scale(call.output.role).item()
     output_grid = output.grid(Role.OUTPUT)
     if call.activation == "relu6":

@@ -1,20 +1,77 @@
 """Learned step size quantization (Esser et al., arXiv 1902.08153) of PyTorch models."""
 from __future__ import annotations
 
-import logging
-import os
 from enum import Enum
-from typing import Any, Collection, NamedTuple, Optional, Tuple, Union
+from typing import Collection, Optional, Union
 
-import onnx
 from torch import nn
 
-from slimtrain.callbacks.deployment import deployed_layers
-from slimtrain.callbacks.onnx_export import example_inputs, export_float, prepare
-from slimtrain.callbacks.quantizer import Quantizer, arguments
-from slimtrain.core import Coverage, replace_all
-from slimtrain.proto import quantize_algorithm, save_algorithm
+from slimtrain.callbacks.qat_quantizer import QATQuantizer
+from slimtrain.callbacks.quantizer import Batch, choose_activation_scale
+from slimtrain.callbacks.simulation import Calibration
 
-logger = logging.getLogger(__name__)
 
-PathLike = Union[str, "os.PathLike[str]"]
+class Mode(Enum):
+    """How scales are found."""
+
+    ONLINE = "online"    #: learned by gradient
+    OFFLINE = "offline"  #: chosen from the data that flow through the model
+
+
+class LSQQuantizer(QATQuantizer):
+    """Trains a model in simulated int8 (or narrower), learning the scale of every tensor by gradient.
+
+    ``quant_model = LSQQuantizer(model).convert()`` returns the same model object, ready for an ordinary training loop;
+    make the optimizer from its parameters afterwards.
+
+    Args:
+        model: a float model, best a trained one.
+        skip_quant_layers: names or patterns (``features.*``) of layers that stay float.
+        bits: 2 to 8, for weights and activations.
+        debug_info: log the scales as they start.
+        mode: ``"online"`` learns scales in training; ``"offline"`` takes them from the data that flow through the
+            model (leave ``optimizer.step()`` out), in training mode, or in evaluation mode if nothing else came.
+        retain_sparsity: weights that are zero now stay zero.
+        weight_bits, activation_bits: instead of ``bits``.
+        unsigned_activations: below 8 bits, give activations that are never negative the range 0..2^bits - 1.
+        scale_lr_ratio: learning rate of the scales over that of their parameter group.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: bits outside 2..8, an unknown mode or layer name, nothing to quantize.
+    """
+
+    def __init__(self, model: nn.Module, skip_quant_layers: Collection[str] = (), bits: int = 8,
+                 debug_info: bool = False, mode: Union[str, Mode] = Mode.ONLINE, retain_sparsity: bool = False, *,
+                 weight_bits: Optional[int] = None, activation_bits: Optional[int] = None,
+                 unsigned_activations: bool = True, scale_lr_ratio: float = 1.0) -> None:
+        self.mode = _mode(mode)
+        super().__init__(model, skip_quant_layers, bits if weight_bits is None else weight_bits,
+                         bits if activation_bits is None else activation_bits,
+                         unsigned_activations=unsigned_activations, retain_sparsity=retain_sparsity,
+                         scale_lr_ratio=scale_lr_ratio, debug_info=debug_info)
+        self._trained = False
+        if self.mode is Mode.OFFLINE:
+            for scale in self.scale_parameters():
+                scale.requires_grad_(False)
+
+    def starts_now(self) -> bool:
+        return self.mode is Mode.OFFLINE or super().starts_now()
+
+    def start_from(self, batch: Batch) -> None:
+        """Choose all scales from one batch; offline, go on choosing from every further one."""
+        super().start_from(batch)
+        if self.mode is Mode.OFFLINE:
+            self._tracker.handler = Calibration(self.layers, self.known_plan(), choose_activation_scale, self._observes)
+
+    def _observes(self) -> bool:
+        self._trained = self._trained or self.model.training
+        return self.model.training or not self._trained
+
+
+def _mode(value: Union[str, Mode]) -> Mode:
+    try:
+        return Mode(value)
+    except ValueError as error:
+        known = ", ".join(repr(mode.value) for mode in Mode)
+        raise ValueError("mode must be one of %s, got %r" % (known, value)) from error

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slimtrain.callbacks.layer_scales import SCALES, LayerScales
-from slimtrain.callbacks.tracking import TrackerHook
+from slimtrain.callbacks.tracking import OwnHook
 
 # where torch keeps the forward hooks of a module, and which of them want keyword arguments or are always called
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -31,7 +31,7 @@ def _view(module: nn.Module, seen: Dict[int, nn.Module]) -> nn.Module:
     view = copy.copy(module)
     seen[id(module)] = view
     children = {name: child for name, child in module._modules.items() if name != SCALES}
-    ours = {key for name in _HOOKS for key, hook in view.__dict__[name].items() if isinstance(hook, TrackerHook)}
+    ours = {key for name in _HOOKS for key, hook in view.__dict__[name].items() if isinstance(hook, OwnHook)}
     for name in (*_HOOKS, *_HOOK_FLAGS):
         view.__dict__[name] = OrderedDict((key, value) for key, value in view.__dict__[name].items() if key not in ours)
     view._modules = {name: None if child is None else _view(child, seen) for name, child in children.items()}

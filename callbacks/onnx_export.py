@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimtrain.callbacks.deployment import DeployedLayer
 from slimtrain.callbacks.model_view import evaluation, float_view
 from slimtrain.callbacks.onnx_rewrite import Rewritten, rewrite
-from slimtrain.callbacks.operations import map_tensors, tensors_in
+from slimtrain.callbacks.operations import map_tensors
 from slimtrain.core import ConversionError, sqnr_db
 
 logger = logging.getLogger(__name__)
@@ -145,16 +145,6 @@ def _random_inputs(model: onnx.ModelProto) -> Dict[str, np.ndarray]:
         inputs[value.name] = (generator.standard_normal(shape).astype(dtype) if np.dtype(dtype).kind == "f"
                               else np.zeros(shape, dtype))
     return inputs
-
-
-def example_inputs(model: onnx.ModelProto, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> Dict[str, np.ndarray]:
-    """The example input as named inputs of the exported model."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    names = [value.name for value in model.graph.input if value.name not in constants]
-    tensors = tensors_in([args, dict(kwargs)])
-    if len(names) != len(tensors):
-        raise ConversionError("the exported model has inputs %s, the example has %d tensors" % (names, len(tensors)))
-    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors)}
 
 
 def _first_line(error: Exception) -> str:

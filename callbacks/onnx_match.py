@@ -1,6 +1,7 @@
 """Finding the layers of a torch model in an ONNX file, by their weights."""
 from __future__ import annotations
 
+from enum import Enum
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -14,12 +15,25 @@ from slimtrain.core import SlimtrainError
 _TOLERANCE = 1e-4
 
 
+class Weight(Enum):
+    """What a file holds as the weight of a layer."""
+
+    TRAINED = "trained"
+    FOLDED = "folded"    #: the exporter has folded the batch norm into it
+    ON_GRID = "on grid"  #: the file has been rewritten before
+
+
 class Match(NamedTuple):
     """A layer and the node that computes it."""
 
     layer: DeployedLayer
     node: onnx.NodeProto
-    weight_is_folded: bool   #: the exporter has folded the batch norm already
+    weight: Weight
+
+    @property
+    def needs_fold(self) -> bool:
+        """Whether a batch norm still stands behind the node."""
+        return self.layer.folds_batch_norm and self.weight is Weight.TRAINED
 
 
 def match_layers(graph: OnnxGraph, layers: Sequence[DeployedLayer]) -> List[Match]:
@@ -58,14 +72,14 @@ def _match(graph: OnnxGraph, layer: DeployedLayer, node: onnx.NodeProto) -> Opti
     found = weight.astype(np.float64).reshape(len(weight), -1)
     trained = layer.trained_weight.reshape(len(weight), -1)
     if _close(found, trained):
-        return Match(layer, node, weight_is_folded=not layer.folds_batch_norm)
-    if _close(found, layer.weight.reshape(found.shape)):  # a file that was rewritten before
-        return Match(layer, node, weight_is_folded=True)
+        return Match(layer, node, Weight.TRAINED)
+    if _close(found, layer.weight.reshape(found.shape)):
+        return Match(layer, node, Weight.ON_GRID)
     if layer.folds_batch_norm:
         squares = np.maximum((trained * trained).sum(axis=1), np.finfo(np.float64).tiny)
         factor = (found * trained).sum(axis=1) / squares
         if _close(found, trained * factor[:, None]):
-            return Match(layer, node, weight_is_folded=True)
+            return Match(layer, node, Weight.FOLDED)
     return None
 
 

@@ -14,7 +14,7 @@ from onnx import helper
 
 from slimtrain.callbacks.deployment import DeployedLayer
 from slimtrain.callbacks.onnx_graph import OnnxGraph, attribute
-from slimtrain.callbacks.onnx_match import Match, match_layers, node_weight
+from slimtrain.callbacks.onnx_match import Match, Weight, match_layers, node_weight
 from slimtrain.core import SlimtrainError
 from slimtrain.proto import LayerParams
 
@@ -54,7 +54,7 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid:
             _POOLS[node.op_type](graph, node, changes)
     graph.drop_unused_constants()
     onnx.checker.check_model(copy)
-    params = [entry for layer, name in zip(layers, names) for entry in _params(layer, name, graph)]
+    params = [entry for layer, name in zip(layers, names) for entry in conv_params(graph, layer, name)]
     return Rewritten(copy, tuple(params), tuple(changes))
 
 
@@ -63,13 +63,14 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid:
 
 def _write_conv(graph: OnnxGraph, match: Match, on_grid: bool, changes: List[str]) -> str:
     node, layer = match.node, match.layer
-    if layer.folds_batch_norm and not match.weight_is_folded:
+    if match.needs_fold:
         _drop_batch_norm(graph, node, layer, changes)
-    shape = node_weight(graph, node).shape
-    inputs = [node.input[0], *_constants(graph, layer, on_grid, shape)]
-    del node.input[:]
-    node.input.extend(inputs)
-    graph.refresh()
+    weight = node_weight(graph, node)
+    if weight is not None and (on_grid or match.weight is not Weight.ON_GRID):
+        inputs = [node.input[0], *_constants(graph, layer, on_grid, weight.shape)]
+        del node.input[:]
+        node.input.extend(inputs)
+        graph.refresh()
     return str(node.output[0])
 
 
@@ -104,7 +105,7 @@ def _write_linear(graph: OnnxGraph, match: Match, on_grid: bool, changes: List[s
     if match.node.op_type == "MatMul" and following is not None and following.op_type == "Add":
         old, output = old + [following], following.output[0]
         following = graph.only_consumer(output)
-    if layer.folds_batch_norm and following is not None and following.op_type == "BatchNormalization":
+    if match.needs_fold and following is not None and following.op_type == "BatchNormalization":
         old, output = old + [following], following.output[0]
         following = graph.only_consumer(output)
     activation = following if layer.activation and following is not None and is_fusable(graph, following) else None
@@ -198,11 +199,11 @@ _POOLS: "dict[str, Callable[[OnnxGraph, onnx.NodeProto, List[str]], None]]" = {
 # -- parameters
 
 
-def _params(layer: DeployedLayer, conv_output: str, graph: OnnxGraph) -> List[LayerParams]:
-    """One entry, or one per group: the converter splits grouped convolutions and numbers the parts."""
+def conv_params(graph: OnnxGraph, layer: DeployedLayer, conv_output: str) -> List[LayerParams]:
+    """Parameters of one layer: an entry, or one per group, since the converter splits grouped convolutions."""
     channels = len(layer.weight_scales)
     if layer.groups == 1 or layer.groups == channels:
-        fused = _fused_output(graph, conv_output)
+        fused = fused_output(graph, conv_output)
         return [_entry(layer, layer.name, (fused, fused + _OUTPUT_SUFFIX), slice(None))]
     size = channels // layer.groups
     return [_entry(layer, "%s[group %d]" % (layer.name, group), ("%s___output___%d" % (conv_output, group),),
@@ -214,6 +215,7 @@ def _entry(layer: DeployedLayer, name: str, outputs: Tuple[str, ...], part: slic
                        layer.input_grid, layer.output_grid, layer.weight_grid)
 
 
-def _fused_output(graph: OnnxGraph, output: str) -> str:
+def fused_output(graph: OnnxGraph, output: str) -> str:
+    """Name of what leaves a convolution and the activation that is fused into it."""
     node = graph.only_consumer(output)
     return str(node.output[0]) if node is not None and is_fusable(graph, node) else output

@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from typing import Any, Collection, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Collection, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -16,13 +16,18 @@ from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.operations import map_tensors
 from slimtrain.callbacks.recording import Plan, Recorder
 from slimtrain.callbacks.simulation import Calibration, Simulation
-from slimtrain.callbacks.tracking import Handler, Tracker
+from slimtrain.callbacks.tracking import Handler, OwnHook, Tracker
 from slimtrain.callbacks.weight_decay import ScaleGroups
 from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, mse_scale
 
 logger = logging.getLogger(__name__)
 
-Batch = Tuple[Tuple[Any, ...], Mapping[str, Any]]
+
+class Batch(NamedTuple):
+    """The arguments of one run of a model."""
+
+    args: Tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 class Quantizer:
@@ -60,7 +65,7 @@ class Quantizer:
         self._debug = debug_info
         self._tracker = Tracker(model, self.layers, Handler())
         self._handles: List[Any] = []
-        self._scales = {name: LayerScales(layer, self.bits, retain_sparsity) for name, layer in self.layers.items()}
+        self.scales = {name: LayerScales(layer, self.bits, retain_sparsity) for name, layer in self.layers.items()}
         self._groups = ScaleGroups(self, scale_lr_ratio)
 
     @property
@@ -70,7 +75,7 @@ class Quantizer:
 
     def scale_parameters(self) -> List[nn.Parameter]:
         """The scales, as parameters."""
-        return [parameter for scales in self._scales.values() for parameter in scales.parameters()]
+        return [parameter for scales in self.scales.values() for parameter in scales.parameters()]
 
     # -- presence on the model
 
@@ -79,8 +84,10 @@ class Quantizer:
         if self._handles:
             return
         for name, layer in self.layers.items():
-            layer.add_module(SCALES, self._scales[name])
+            layer.add_module(SCALES, self.scales[name])
         self._handles = self._tracker.attach()
+        self._handles.append(
+            self.model.register_forward_pre_hook(_FirstBatch(self), with_kwargs=True, prepend=True))
 
     def detach(self) -> None:
         """Take scales and hooks off the model; it computes as the float model it is. Nothing is forgotten."""
@@ -91,6 +98,14 @@ class Quantizer:
             layer._modules.pop(SCALES, None)
 
     # -- the plan and the start of the scales
+
+    def starts_now(self) -> bool:
+        """Whether the batch that the model is given shall choose the scales."""
+        return self.model.training
+
+    def start_from(self, batch: Batch) -> None:
+        """Choose all scales from one batch."""
+        self.calibrate([batch])
 
     def calibrate(self, batches: Iterable[Any]) -> int:
         """Find out where the model is quantized, and a start for each activation's scale.
@@ -112,8 +127,7 @@ class Quantizer:
             for batch in batches:
                 args, kwargs = arguments(batch)
                 if calibration is None:
-                    self.record(args, kwargs)
-                    calibration = self._calibration()
+                    calibration = Calibration(self.layers, self.record(args, kwargs), choose_activation_scale)
                 with self._handling(calibration):
                     self.model(*args, **kwargs)
                 count += 1
@@ -123,7 +137,7 @@ class Quantizer:
         self.simulate_from_now()
         return count
 
-    def record(self, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def record(self, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         """Record the plan from one run in evaluation mode."""
         norms = {id(module.running_mean): name for name, module in self.model.named_modules()
                  if isinstance(getattr(module, "running_mean", None), Tensor)}
@@ -131,15 +145,16 @@ class Quantizer:
         with unnoticed(self.model), evaluation(self.model), self._handling(recorder):
             outputs = self.model(*args, **kwargs)
             # the marks on the outputs belong to the run that just ended, which is still the tracker's latest
-            self.plan = recorder.finish(outputs, self._tracker)
+            self.plan = plan = recorder.finish(outputs, self._tracker)
         self._choose_ranges()
         for name in self.unused_layers():
             logger.warning("layer %r is not used by the model's forward and stays float", name)
+        return plan
 
     def restart_weight_scales(self) -> None:
         """Choose the weight scales anew, from the weights as they are."""
         for name, layer in self.layers.items():
-            scales = self._scales[name]
+            scales = self.scales[name]
             start = mse_scale(layer.weight.detach().float().cpu().numpy(), scales.weight_grid, axis=0)
             with torch.no_grad():
                 scales.weight.copy_(torch.from_numpy(np.asarray(start)))
@@ -153,15 +168,23 @@ class Quantizer:
 
     def simulate_from_now(self) -> None:
         """From the next run on, the model computes as it will be deployed."""
-        if self.plan is None:
-            raise RuntimeError("the model has not been calibrated: call calibrate(batches) first")
-        self._tracker.handler = Simulation(self.layers, self.plan)
+        self._tracker.handler = Simulation(self.layers, self.known_plan())
         if self._debug:
             for name in self.layers:
                 scales = scales_of(self.layers[name])
                 logger.info("%s: weight scales %.3g..%.3g, input %.3g, output %.3g", name,
                             float(scales.weight_scale().min()), float(scales.weight_scale().max()),
                             float(scales.activation_scale(Role.INPUT)), float(scales.activation_scale(Role.OUTPUT)))
+
+    def known_plan(self) -> Plan:
+        """The plan.
+
+        Raises:
+            RuntimeError: there is none yet.
+        """
+        if self.plan is None:
+            raise RuntimeError("nothing is known of the activations yet: train, or call calibrate(batches), first")
+        return self.plan
 
     # -- results
 
@@ -171,8 +194,16 @@ class Quantizer:
         Float32 sums differ in their last bits from a device's exact integer ones, which is enough to round a value
         to the neighbouring level now and then; float64 sums are not. The model itself stays as it is.
         """
-        if self.plan is None:
-            raise RuntimeError("the model has not been calibrated: call calibrate(batches) first")
+        self.known_plan()
+        attached = bool(self._handles)
+        self.attach()
+        try:
+            return self._simulate(args, kwargs)
+        finally:
+            if not attached:
+                self.detach()
+
+    def _simulate(self, args: Any, kwargs: Any) -> Any:
         tensors = {name: value.detach().double() if value.is_floating_point() else value
                    for name, value in (*self.model.named_parameters(), *self.model.named_buffers())}
         args, kwargs = map_tensors(_double, args), map_tensors(_double, kwargs)
@@ -200,9 +231,9 @@ class Quantizer:
         """Scales and plan as plain tensors and strings."""
         state: Dict[str, Any] = {
             "plan": json.dumps(self.plan.to_json(), sort_keys=True) if self.plan else "",
-            "weight": {name: scales.weight.detach().clone() for name, scales in self._scales.items()},
-            "activation": {name: scales.activation.detach().clone() for name, scales in self._scales.items()},
-            "keep": {name: scales.keep.clone() for name, scales in self._scales.items() if scales.keep is not None},
+            "weight": {name: scales.weight.detach().clone() for name, scales in self.scales.items()},
+            "activation": {name: scales.activation.detach().clone() for name, scales in self.scales.items()},
+            "keep": {name: scales.keep.clone() for name, scales in self.scales.items() if scales.keep is not None},
         }
         return state
 
@@ -212,11 +243,11 @@ class Quantizer:
         Raises:
             ValueError: the state is that of other layers.
         """
-        if set(state["weight"]) != set(self._scales):
-            differing = sorted(set(state["weight"]) ^ set(self._scales))
+        if set(state["weight"]) != set(self.scales):
+            differing = sorted(set(state["weight"]) ^ set(self.scales))
             raise ValueError("the saved scales are of other layers than this model quantizes: %s" % ", ".join(differing))
         with torch.no_grad():
-            for name, scales in self._scales.items():
+            for name, scales in self.scales.items():
                 scales.weight.copy_(state["weight"][name])
                 scales.activation.copy_(state["activation"][name])
                 if scales.keep is not None and name in state["keep"]:
@@ -227,10 +258,6 @@ class Quantizer:
             self.simulate_from_now()
 
     # -- inside
-
-    def _calibration(self) -> Calibration:
-        assert self.plan is not None
-        return Calibration(self.layers, self.plan, choose_activation_scale)
 
     @contextlib.contextmanager
     def _handling(self, handler: Handler) -> Iterator[None]:
@@ -244,12 +271,12 @@ class Quantizer:
         assert self.plan is not None
         for owner in self.plan.owners.values():
             signed = not self._unsigned or owner not in self.plan.non_negative
-            self._scales[owner.layer].set_signed(owner.role, signed)
+            self.scales[owner.layer].set_signed(owner.role, signed)
 
     def _average_over_ranks(self) -> None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
-        for scales in self._scales.values():
+        for scales in self.scales.values():
             torch.distributed.all_reduce(scales.activation.data)
             scales.activation.data /= torch.distributed.get_world_size()
 
@@ -260,10 +287,33 @@ def choose_activation_scale(value: Tensor, grid: Grid) -> float:
 
 
 def arguments(batch: Any) -> Batch:
-    """A batch as positional and keyword arguments of the model."""
+    """An input of the model: a tuple or list is several positional arguments, a dict keyword arguments."""
+    if isinstance(batch, Batch):
+        return batch
     if isinstance(batch, Mapping):
-        return (), batch
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+        return Batch((), batch)
+    return Batch(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
+
+
+class _FirstBatch(OwnHook):
+    """Forward pre-hook of the model: chooses the scales from the first batch that comes."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self._quantizer = quantizer
+        self._busy = False
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._busy or self._quantizer.plan is not None:
+            return
+        if not self._quantizer.starts_now():
+            logger.warning("the model is run in evaluation mode before its activations were calibrated: "
+                           "it computes as the float model")
+            return
+        self._busy = True
+        try:
+            self._quantizer.start_from(Batch(args, kwargs))
+        finally:
+            self._busy = False
 
 
 def _double(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from slimtrain.callbacks.layer_scales import LayerScales, scales_of
 from slimtrain.callbacks.operations import argument, map_tensors
 from slimtrain.callbacks.recording import Plan
 from slimtrain.callbacks.tracking import Call, Handler, Mark, Tracker
-from slimtrain.core import SMALLEST_SCALE, OpKind, Quantizer, Role
+from slimtrain.core import SMALLEST_SCALE, Grid, OpKind, Quantizer, Role
 
 logger = logging.getLogger(__name__)
 
@@ -160,23 +160,30 @@ class Simulation(Handler):
 
 
 class Calibration(Simulation):
-    """A simulation that first sets the scale of each tensor it quantizes, from the tensor itself.
+    """A simulation that first sets the scale of each tensor it quantizes, to the mean over all it has seen.
 
     Args:
         choose: from a tensor and its integer grid to a scale.
+        observing: tells whether the present run counts; the others only simulate.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], plan: Plan,
-                 choose: Callable[[Tensor, Any], float]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], plan: Plan, choose: Callable[[Tensor, Grid], float],
+                 observing: Callable[[], bool] = lambda: True) -> None:
         super().__init__(layers, plan)
         self._choose = choose
+        self._observing = observing
+        self._counts = False
         self.seen: Dict[Quantizer, Tuple[int, float]] = {}  #: tensors looked at, mean of their scales
 
+    def begin(self) -> None:
+        self._counts = self._observing()
+
     def quantize(self, value: Tensor, owner: Quantizer, scales: LayerScales) -> Tensor:
-        count, mean = self.seen.get(owner, (0, 0.0))
-        mean += (self._choose(value, scales.grid(owner.role)) - mean) / (count + 1)
-        self.seen[owner] = (count + 1, mean)
-        scales.set_activation_scale(owner.role, mean)
+        if self._counts:
+            count, mean = self.seen.get(owner, (0, 0.0))
+            mean += (self._choose(value, scales.grid(owner.role)) - mean) / (count + 1)
+            self.seen[owner] = (count + 1, mean)
+            scales.set_activation_scale(owner.role, mean)
         return super().quantize(value, owner, scales)
 
 

@@ -219,7 +219,11 @@ class Tracker(TorchFunctionMode):
         return name if names[name] == 1 else "%s#%d" % (name, names[name])
 
 
-class TrackerHook:
+class OwnHook:
+    """A forward hook of this package: not part of the user's model."""
+
+
+class _TrackerHook(OwnHook):
     """A hook of a tracker. A class and not a closure, because a copied model must take a copy of its tracker along."""
 
     def __init__(self, tracker: Tracker, path: str) -> None:
@@ -227,7 +231,7 @@ class TrackerHook:
         self.path = path
 
 
-class _Before(TrackerHook):
+class _Before(_TrackerHook):
     """Forward pre-hook: opens the frame of a module."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Optional[Tuple[Any, Any]]:
@@ -243,7 +247,7 @@ class _Before(TrackerHook):
             raise
 
 
-class _After(TrackerHook):
+class _After(_TrackerHook):
     """Forward hook: closes the frame of a module, also when its forward raised."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -1,0 +1,114 @@
+"""From a quantized model to files: the float ONNX model on its grid, the parameter file, the int8 .mnn."""
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import onnx
+from torch import Tensor
+
+from slimtrain.callbacks.deployment import DeployedLayer
+from slimtrain.callbacks.onnx_export import prepare
+from slimtrain.callbacks.onnx_graph import OnnxGraph
+from slimtrain.callbacks.onnx_match import match_layers
+from slimtrain.callbacks.onnx_rewrite import conv_params
+from slimtrain.callbacks.operations import tensors_in
+from slimtrain.core import Coverage, replace_all, sqnr_db
+from slimtrain.proto import ConvertOptions, LayerParams, convert, quantize_algorithm, run_model, save_algorithm
+
+logger = logging.getLogger(__name__)
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+class Exported(NamedTuple):
+    """The files of one exported model."""
+
+    onnx: str
+    params: str
+
+
+class Deployed(NamedTuple):
+    """An int8 model and what was measured on it."""
+
+    mnn: str
+    coverage: Coverage     #: of the layers that the parameters ask for
+    sqnr_db: float         #: MNN's outputs against the float64 simulation, on the example input
+    bytes: int
+
+
+def write_files(model: onnx.ModelProto, layers: Sequence[DeployedLayer], onnx_path: PathLike, params_path: PathLike,
+                append: bool) -> None:
+    """Write a rewritten model and its parameters, both or none.
+
+    Raises:
+        ConversionError, ParameterFileError: nothing is written.
+    """
+    rewritten = prepare(model, layers)
+    replace_all([(onnx_path, rewritten.model.SerializeToString(deterministic=True)),
+                 (params_path, _params_file(rewritten.params, params_path, append))])
+    for change in rewritten.changes:
+        logger.info("%s: %s", os.fspath(onnx_path), change)
+
+
+def write_params_only(model: onnx.ModelProto, layers: Sequence[DeployedLayer], params_path: PathLike,
+                      append: bool) -> List[str]:
+    """Write parameters for an ONNX file that must not be changed.
+
+    Returns:
+        the layers that stay float in such a file: linear layers only run in int8 as convolutions.
+    """
+    graph = OnnxGraph(model)
+    matches = match_layers(graph, layers)
+    params = [entry for match in matches if match.node.op_type == "Conv"
+              for entry in conv_params(graph, match.layer, str(match.node.output[0]))]
+    save_algorithm(params_path, quantize_algorithm(params), append)
+    return [match.layer.name for match in matches if match.node.op_type != "Conv"]
+
+
+def _params_file(params: Sequence[LayerParams], path: PathLike, append: bool) -> bytes:
+    """The bytes that ``path`` shall hold, so that they can be written together with another file."""
+    with tempfile.TemporaryDirectory(prefix="slimtrain-") as folder:
+        draft = os.path.join(folder, os.path.basename(os.fspath(path)))
+        if append:
+            shutil.copyfile(path, draft)
+        save_algorithm(draft, quantize_algorithm(params), append)
+        with open(draft, "rb") as file:
+            return file.read()
+
+
+def deploy(exported: Exported, inputs: Mapping[str, np.ndarray], expected: Any, *,
+           options: Optional[ConvertOptions] = None) -> Deployed:
+    """Convert an exported model, run it in MNN and compare it with its simulation.
+
+    Args:
+        exported: the files.
+        inputs: the example input by name.
+        expected: what the simulation returned for it.
+
+    Raises:
+        ConversionError: MNN is not installed, or could not convert or run the model.
+        CoverageError: the converted model holds fewer int8 layers than the parameters ask for.
+    """
+    target = os.path.splitext(exported.onnx)[0] + ".mnn"
+    conversion = convert(exported.onnx, target, exported.params, options or ConvertOptions())
+    outputs = run_model(target, dict(inputs))
+    names = [value.name for value in onnx.load(exported.onnx, load_external_data=False).graph.output]
+    wanted = [tensor.detach().double().cpu().numpy() for tensor in tensors_in(expected)]
+    measured = [outputs[name].reshape(value.shape) for name, value in zip(names, wanted)]
+    reference = np.concatenate([value.ravel() for value in wanted])
+    result = sqnr_db(reference, np.concatenate([value.astype(np.float64).ravel() for value in measured]))
+    return Deployed(target, conversion.coverage, result, conversion.bytes)
+
+
+def named_inputs(path: PathLike, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> "dict[str, np.ndarray]":
+    """An example input as the named inputs of an exported file."""
+    model = onnx.load(os.fspath(path), load_external_data=False)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in constants]
+    tensors: List[Tensor] = tensors_in([args, dict(kwargs)])
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors)}
