@@ -1,16 +1,11 @@
-"""The wire and the converter: the parameter file, driving ``mnnconvert``, coverage, running and verifying a model."""
+"""The wire and the converter: parameter files, driving ``mnnconvert``, coverage, running, verifying."""
 
+from slimtrain.proto.algorithms import PruneType, prune_algorithm, quantize_algorithm
 from slimtrain.proto.arrays import Simulation, load_inputs, load_simulation, save_simulation
-from slimtrain.proto.converter import Conversion, ConvertOptions, convert
-from slimtrain.proto.layers import (
-    LayerParams,
-    PruneType,
-    QuantMethod,
-    WeightOnlyParams,
-    prune_algorithm,
-    quantize_algorithm,
-)
+from slimtrain.proto.converter import Conversion, convert
+from slimtrain.proto.layers import LayerParams, QuantMethod, WeightOnlyParams
 from slimtrain.proto.mnnfile import MnnLayer, MnnModel, inspect_model
+from slimtrain.proto.options import ConvertOptions
 from slimtrain.proto.params import (
     params_from_json,
     params_to_json,

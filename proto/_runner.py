@@ -1,7 +1,8 @@
-"""The child that loads MNN's runtime, started by ``runtime.py`` as a file: it imports nothing of this package.
+"""The child that loads MNN's runtime, started by ``runtime.py`` as a file: it imports nothing of this
+package.
 
-Arguments: model, folder, repeats, warm-up runs. In the folder it finds ``names.json`` (input names) and ``inputs.npz``
-(arrays "0", "1", ... in that order) and leaves ``result.json`` and ``outputs.npz`` in the same way.
+Arguments: model, folder, repeats, warm-up runs. In the folder it finds ``names.json`` (input names) and
+``inputs.npz`` (arrays "0", "1", ... in that order) and leaves ``result.json`` and ``outputs.npz`` alike.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from typing import Any, Dict, List
 import MNN
 import numpy as np
 
-_HALIDE = {np.dtype(np.float32): MNN.Halide_Type_Float, np.dtype(np.int32): MNN.Halide_Type_Int,
-           np.dtype(np.uint8): MNN.Halide_Type_Uint8, np.dtype(np.int64): MNN.Halide_Type_Int64}
+_HALIDE_TYPES = {
+    "float32": MNN.Halide_Type_Float,
+    "int32": MNN.Halide_Type_Int,
+    "uint8": MNN.Halide_Type_Uint8,
+    "int64": MNN.Halide_Type_Int64,
+}
 
 
 def main(model: str, folder: str, repeats: int, warm_up: int) -> None:
-    """Run ``model`` once, then ``warm_up + repeats`` times more against the clock."""
+    """Run ``model`` once for its outputs, then ``warm_up + repeats`` times against the clock."""
     with open(os.path.join(folder, "names.json"), encoding="utf-8") as file:
         names = json.load(file)
     with np.load(os.path.join(folder, "inputs.npz"), allow_pickle=False) as arrays:
-        inputs = {name: np.ascontiguousarray(arrays[str(index)]) for index, name in enumerate(names)}
+        inputs = {name: arrays[str(index)] for index, name in enumerate(names)}
     interpreter = MNN.Interpreter(model)
     session = interpreter.createSession({"backend": "CPU", "numThread": 1})
     inputs = _matched(inputs, list(interpreter.getSessionInputAll(session)))
@@ -33,17 +38,18 @@ def main(model: str, folder: str, repeats: int, warm_up: int) -> None:
     interpreter.resizeSession(session)
     _run(interpreter, session, inputs)
     outputs = {name: _read(tensor) for name, tensor in interpreter.getSessionOutputAll(session).items()}
-    times = [_run(interpreter, session, inputs) for _ in range(warm_up + repeats)][warm_up:]
-    np.savez(os.path.join(folder, "outputs.npz"), **{str(i): array for i, array in enumerate(outputs.values())})
+    seconds = [_run(interpreter, session, inputs) for _ in range(warm_up + repeats)][warm_up:]
+    numbered = {str(index): array for index, array in enumerate(outputs.values())}
+    np.savez(os.path.join(folder, "outputs.npz"), **numbered)
     with open(os.path.join(folder, "result.json"), "w", encoding="utf-8") as file:
-        json.dump({"names": list(outputs), "milliseconds": [1000 * seconds for seconds in times]}, file)
+        json.dump({"names": list(outputs), "milliseconds": [1000 * value for value in seconds]}, file)
 
 
 def _matched(inputs: Dict[str, Any], wanted: List[str]) -> Dict[str, Any]:
     if list(inputs) == [""] and len(wanted) == 1:
         return {wanted[0]: inputs[""]}
     if set(inputs) != set(wanted):
-        sys.exit("the model's inputs are {}, given were {}".format(sorted(wanted), sorted(inputs)))
+        sys.exit(f"the model's inputs are {sorted(wanted)}, given were {sorted(inputs)}")
     return inputs
 
 
@@ -55,25 +61,27 @@ def _layout(tensor: Any) -> Any:
 
 
 def _run(interpreter: Any, session: Any, inputs: Dict[str, Any]) -> float:
-    """Seconds of one inference. Inputs are written each time, because their memory is reused while it runs."""
+    """Seconds of one inference. Inputs are written each time: a run may reuse their memory."""
     for name, array in inputs.items():
         tensor = interpreter.getSessionInput(session, name)
-        # Bytes: where the wheel was built for another numpy it takes no arrays.
-        tensor.copyFrom(MNN.Tensor(array.shape, _HALIDE[array.dtype], array.tobytes(), _layout(tensor)))
+        # As bytes: a wheel built for another numpy takes no arrays.
+        data = (array.shape, _HALIDE_TYPES[array.dtype.name], array.tobytes(), _layout(tensor))
+        tensor.copyFrom(MNN.Tensor(*data))
     begin = time.perf_counter()
     status = interpreter.runSession(session)
     seconds = time.perf_counter() - begin
     if status:
-        sys.exit("running the model failed with MNN's error code {}".format(status))
+        sys.exit(f"running the model failed with MNN's error code {status}")
     return seconds
 
 
 def _read(tensor: Any) -> Any:
-    shape = tensor.getShape()
+    names = [name for name, kind in _HALIDE_TYPES.items() if kind == tensor.getDataType()]
+    if not names:
+        sys.exit("an output is neither float32, int32, int64 nor uint8")
     host = MNN.Tensor(tensor, _layout(tensor))
     tensor.copyToHostTensor(host)
-    dtype = {halide: dtype for dtype, halide in _HALIDE.items()}.get(tensor.getDataType(), np.dtype(np.float32))
-    return np.asarray(host.getData(), dtype=dtype).reshape(shape)
+    return np.array(host.getData(), dtype=names[0]).reshape(tensor.getShape())
 
 
 if __name__ == "__main__":

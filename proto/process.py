@@ -1,4 +1,4 @@
-"""Child interpreters for MNN's native code: a crash there ends the child, and reaches the caller as one clear error."""
+"""Child interpreters for MNN's native code: a crash there ends the child and comes back as an error."""
 
 from __future__ import annotations
 
@@ -12,65 +12,67 @@ from typing import Dict, Sequence
 from slimtrain.core import ConversionError
 
 INSTALL_HINT = "python -m pip install 'MNN>=3.6'"
-_TAIL = 2000
+_LONGEST_QUOTE = 2000
 
 
-class ChildCrash(ConversionError):
-    """A child was ended by a signal: native code failed, it did not report an error."""
+class ChildCrashError(ConversionError):
+    """A signal ended the child: native code broke down, it did not report an error."""
 
 
 def require_mnn(module: str) -> None:
-    """Raise ``ConversionError`` with the line that installs MNN, unless ``module`` can be found; imports nothing."""
+    """Raise ``ConversionError`` with the way to install MNN unless ``module`` is found; import nothing."""
     if importlib.util.find_spec(module) is None:
-        raise ConversionError("MNN is not installed for {} (no module {}): run {}".format(
-            sys.executable, module, INSTALL_HINT))
+        raise ConversionError(
+            f"MNN is not installed for {sys.executable} (no module {module}): run {INSTALL_HINT}"
+        )
 
 
 def run_child(arguments: Sequence[str], folder: str, timeout: float, task: str) -> str:
     """Run this interpreter with ``arguments`` in ``folder`` and return what it printed.
 
     Args:
-        arguments: after the name of the interpreter.
-        folder: working folder of the child, of its own: native code may leave files there.
+        arguments: those after the name of the interpreter.
+        folder: working folder of the child, a private one: native code leaves files there.
         timeout: seconds.
         task: what the child does, for errors: "converting model.onnx".
 
     Raises:
-        ChildCrash: ended by a signal.
+        ChildCrashError: ended by a signal.
         ConversionError: an exit status other than 0, or no end within ``timeout``.
     """
-    command = [sys.executable] + list(arguments)
     try:
-        done = subprocess.run(command, cwd=folder, env=_environment(), timeout=timeout, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=_environment(),
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     except subprocess.TimeoutExpired as error:
-        raise ConversionError("{}: not done after {:g} s, stopped".format(task, timeout)) from error
+        raise ConversionError(f"{task}: stopped, not done after {timeout:g} s") from error
     output = done.stdout.decode("utf-8", errors="replace")
     if done.returncode < 0:
-        raise ChildCrash("{}: native code crashed with {}{}".format(
-            task, _signal_name(-done.returncode), _quote(output)))
+        raise ChildCrashError(f"{task}: native code crashed with {_signal(-done.returncode)}{quote(output)}")
     if done.returncode:
-        raise ConversionError("{}: failed with exit status {}{}".format(task, done.returncode, _quote(output)))
+        raise ConversionError(f"{task}: failed with exit status {done.returncode}{quote(output)}")
     return output
 
 
-def tail(text: str) -> str:
-    """The end of a child's output, short enough for an error message."""
-    return text.strip()[-_TAIL:]
-
-
-def _quote(output: str) -> str:
-    return "; it said:\n{}".format(tail(output)) if output.strip() else ""
+def quote(output: str) -> str:
+    """The end of what a child printed, as the rest of an error message."""
+    text = output.strip()[-_LONGEST_QUOTE:]
+    return f"; it said:\n{text}" if text else ", without a word"
 
 
 def _environment() -> Dict[str, str]:
-    # The child must find what this process can import, also where sys.path holds relative entries: its folder differs.
-    paths = [os.path.abspath(path) for path in sys.path]
-    return dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    # What this process can import the child must find from another folder, also where sys.path is relative.
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(os.path.abspath(path) for path in sys.path))
 
 
-def _signal_name(number: int) -> str:
+def _signal(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
-        return "signal {}".format(number)
+        return f"signal {number}"

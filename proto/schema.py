@@ -1,9 +1,10 @@
 """The messages of ``compress_params.bin``, built from a table into a descriptor pool of their own.
 
-A private pool, because a process may already hold another copy of package ``MNN.Compression`` (another toolbox, or
-generated code) and the default pool refuses a second one.  A table in Python, because generated code and serialized
-descriptors tie a package to protobuf versions, while this builds on every runtime from 3.20 on.  ``compression.proto``
-beside this file is the same schema for people and for other languages; a test keeps the two equal.
+A private pool, because a process may already hold another copy of package ``MNN.Compression`` (another
+toolbox, or generated code) and the default pool refuses a second one.  A table in Python, because generated
+code ties a package to versions of protobuf, while this builds on every runtime from 3.20 on.
+``compression.proto`` beside this file is the same schema for people and for other languages; a test keeps the
+two equal.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, Dict, NamedTuple, Tuple
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 PACKAGE = "MNN.Compression"
+# Classes made at run time have no static type; in signatures this name says which values are messages.
+Message = Any
 
 _Descriptor = descriptor_pb2.FieldDescriptorProto
 _LABELS = {
@@ -120,7 +123,7 @@ def _add_field(message: Any, field: _Field) -> None:
         added.type = _SCALARS[field.type]
     else:
         added.type = _Descriptor.TYPE_ENUM if field.type in _ENUMS else _Descriptor.TYPE_MESSAGE
-        added.type_name = ".{}.{}".format(PACKAGE, field.type)
+        added.type_name = f".{PACKAGE}.{field.type}"
     if field.default:
         added.default_value = field.default
 
@@ -146,10 +149,12 @@ def file_descriptor() -> descriptor_pb2.FileDescriptorProto:
 def _message_classes() -> Dict[str, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file_descriptor().SerializeToString())
+    factory: Any = message_factory
     # GetMessageClass came with protobuf 4.22; before it, the same was a method of a factory over the pool.
-    build = getattr(message_factory, "GetMessageClass", None) or message_factory.MessageFactory(pool).GetPrototype
+    modern = hasattr(factory, "GetMessageClass")
+    build = factory.GetMessageClass if modern else factory.MessageFactory(pool).GetPrototype
     names = [path for path in _MESSAGES if "." not in path]
-    return {name: build(pool.FindMessageTypeByName("{}.{}".format(PACKAGE, name))) for name in names}
+    return {name: build(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in names}
 
 
 _CLASSES = _message_classes()

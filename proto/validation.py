@@ -1,14 +1,10 @@
-"""What a parameter file must not say: whatever crashes the converter or the runtime, or breaks a model in silence."""
+"""What a parameter file must not say: whatever crashes MNN, or breaks a model in silence."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from google.protobuf.message import Message
-
 from slimtrain.core import ParameterFileError
-from slimtrain.proto.layers import WIRE_BITS, check_block_size, check_clamps, check_scales
-from slimtrain.proto.schema import CompressionAlgo
+from slimtrain.proto.checks import WIRE_BITS, check_clamps, check_scales, check_weight_only
+from slimtrain.proto.schema import CompressionAlgo, Message
 
 
 def check_pipeline(pipeline: Message) -> None:
@@ -17,11 +13,26 @@ def check_pipeline(pipeline: Message) -> None:
     Raises:
         ParameterFileError: naming the layer, what was expected, what came.
     """
+    missing = pipeline.FindInitializationErrors()
+    if missing:
+        raise ParameterFileError(f"required fields are not set: {', '.join(missing)}")
     for algorithm in pipeline.algo:
         check_algorithm(algorithm)
-        if pipeline.for_guide and any(is_full(layer) for layer in algorithm.quant_params.layer):
-            raise ParameterFileError(
-                "for_guide is true, which makes the converter ignore all full int8 entries; set it to false")
+    check_guide(pipeline)
+
+
+def check_guide(pipeline: Message) -> None:
+    """Refuse the flag that makes the converter ignore every full int8 entry.
+
+    Raises:
+        ParameterFileError: the flag is set and there is such an entry.
+    """
+    if pipeline.for_guide and any(
+        is_full(layer) for algo in pipeline.algo for layer in algo.quant_params.layer
+    ):
+        raise ParameterFileError(
+            "for_guide is true: the converter would ignore the full int8 layers; set it to false"
+        )
 
 
 def check_algorithm(algorithm: Message) -> None:
@@ -32,8 +43,9 @@ def check_algorithm(algorithm: Message) -> None:
     """
     wanted = "prune_params" if algorithm.type == CompressionAlgo.PRUNE else "quant_params"
     if not algorithm.HasField(wanted):
-        raise ParameterFileError("an algorithm of type {} needs {}".format(
-            CompressionAlgo.CompressionType.Name(algorithm.type), wanted))
+        raise ParameterFileError(
+            f"an algorithm of type {CompressionAlgo.CompressionType.Name(algorithm.type)} needs {wanted}"
+        )
     for layer in algorithm.quant_params.layer:
         try:
             _check_layer(layer)
@@ -42,7 +54,7 @@ def check_algorithm(algorithm: Message) -> None:
 
 
 def is_full(layer: Message) -> bool:
-    """Whether an entry asks for full int8 (it names an output) rather than for weight-only storage."""
+    """Whether an entry asks for full int8, found by its output, rather than for weight-only storage."""
     return bool(layer.input or layer.output)
 
 
@@ -60,40 +72,46 @@ def _check_layer(layer: Message) -> None:
         _check_weight_only(layer, name)
         return
     for side in ("input", "weight", "output"):
-        entries = getattr(layer, side)
-        if not entries:
-            raise ValueError("layer {!r}: full int8 needs input, weight and output; there is no {}".format(name, side))
-        _check_side(name, side, entries[0])
+        if not getattr(layer, side):
+            raise ValueError(f"layer {name!r}: full int8 needs input, weight and output, there is no {side}")
+    _check_side(name, "weight", layer.weight[0])
+    for side, entry in (("input", layer.input[0]), ("output", layer.output[0])):
+        _check_side(name, side, entry)
+        _check_activation(name, side, entry)
+    if layer.weight[0].asymmetric:
+        raise ValueError(f"layer {name!r}: weights of a full int8 layer are symmetric, got asymmetric = true")
     channels = len(layer.weight[0].scales)
     if layer.HasField("conv") and channels != layer.conv.output_channel:
-        raise ValueError("layer {!r}: expected one weight scale for each of {} output channels, got {}".format(
-            name, layer.conv.output_channel, channels))
+        raise ValueError(
+            f"layer {name!r}: expected one weight scale for each of {layer.conv.output_channel} output "
+            f"channels, got {channels}"
+        )
 
 
-def _check_side(name: str, side: str, entry: Any) -> None:
+def _check_side(name: str, side: str, entry: Message) -> None:
     if entry.bits != WIRE_BITS:
-        raise ValueError("layer {!r}: {} bits must be 8 on the wire, got {}; narrow the clamps for fewer bits".format(
-            name, side, entry.bits))
+        raise ValueError(
+            f"layer {name!r}: {side} bits must be {WIRE_BITS}, got {entry.bits}; for fewer narrow the clamps"
+        )
     if not entry.scales:
-        raise ValueError("layer {!r}: {} has no scale".format(name, side))
+        raise ValueError(f"layer {name!r}: {side} has no scale")
     check_scales(name, side, entry.scales)
     check_clamps(name, side, entry.clamp_min, entry.clamp_max)
-    if side == "weight":
-        if entry.asymmetric:
-            raise ValueError("layer {!r}: full int8 weights are symmetric, got asymmetric = true".format(name))
-    elif entry.zero_point:
-        raise ValueError("layer {!r}: {} zero_point must be 0 (MNN computes asymmetric tensors wrongly), got {}".format(
-            name, side, entry.zero_point))
-    elif len(entry.scales) != 1:
-        raise ValueError("layer {!r}: {} must have one scale for the tensor, got {}".format(
-            name, side, len(entry.scales)))
+
+
+def _check_activation(name: str, side: str, entry: Message) -> None:
+    if entry.zero_point:
+        raise ValueError(
+            f"layer {name!r}: {side} zero_point must be 0, got {entry.zero_point}: MNN computes pooling and "
+            f"additions of asymmetric tensors wrongly"
+        )
+    if len(entry.scales) != 1:
+        raise ValueError(f"layer {name!r}: {side} needs one scale for its tensor, got {len(entry.scales)}")
 
 
 def _check_weight_only(layer: Message, name: str) -> None:
     if not layer.weight:
-        raise ValueError("layer {!r}: an entry needs weight parameters, or input, weight and output".format(name))
+        raise ValueError(f"layer {name!r}: an entry needs weight, or input, weight and output")
     if not layer.op_name:
-        raise ValueError("layer {!r}: a weight-only entry is found by op_name, which is missing".format(name))
-    if layer.weight[0].bits not in range(2, 9):
-        raise ValueError("layer {!r}: weight-only bits must be 2..8, got {}".format(name, layer.weight[0].bits))
-    check_block_size(name, layer.weight[0].block_size)
+        raise ValueError(f"layer {name!r}: a weight-only entry is found by op_name, which is not set")
+    check_weight_only(name, layer.weight[0].bits, layer.weight[0].block_size)
