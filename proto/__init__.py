@@ -14,7 +14,7 @@ from slimtrain.proto.params import (
     write_params,
 )
 from slimtrain.proto.runtime import measure_latency, run_model
-from slimtrain.proto.verify import OutputError, Verification, verify
+from slimtrain.proto.verify import OutputDeviation, Verification, verify
 from slimtrain.proto.version import VERSION
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "LayerParams",
     "MnnLayer",
     "MnnModel",
-    "OutputError",
+    "OutputDeviation",
     "PruneType",
     "QuantMethod",
     "Simulation",

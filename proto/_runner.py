@@ -1,5 +1,4 @@
-"""The child that loads MNN's runtime, started by ``runtime.py`` as a file: it imports nothing of this
-package.
+"""The child that loads MNN's runtime; ``runtime.py`` starts it as a file, it imports nothing of this package.
 
 Arguments: model, folder, repeats, warm-up runs. In the folder it finds ``names.json`` (input names) and
 ``inputs.npz`` (arrays "0", "1", ... in that order) and leaves ``result.json`` and ``outputs.npz`` alike.

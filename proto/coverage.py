@@ -9,8 +9,7 @@ from slimtrain.proto.mnnfile import MnnLayer, MnnModel
 from slimtrain.proto.schema import CompressionAlgo, Message
 from slimtrain.proto.validation import is_full, layer_name
 
-# What the converter adds to the name of a tensor: before the last change of layout, and after a matrix
-# product.
+# What the converter adds to the name of a tensor: before a change of layout, after a matrix product.
 GRAPH_OUTPUT = "__before_tr"
 LINEAR = "__matmul_converted"
 
@@ -30,7 +29,7 @@ class Wanted(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """``full`` and ``weight_only``: the layers asked for; ``unasked``: the others with weights, as they are."""
+    """``full`` and ``weight_only``: layers asked for; ``unasked``: the others with weights, as they are."""
 
     full: Coverage
     weight_only: Coverage

@@ -15,7 +15,7 @@ from slimtrain.proto.runtime import Inputs, execute, reshaped
 PathLike = Union[str, "os.PathLike[str]"]
 
 
-class OutputError(NamedTuple):
+class OutputDeviation(NamedTuple):
     """One output: SQNR in dB, largest absolute error, the same in steps of its grid (None: on no grid)."""
 
     name: str
@@ -36,7 +36,7 @@ class Verification(NamedTuple):
     max_steps: Optional[float]
     bytes: int
     milliseconds: float
-    outputs: Tuple[OutputError, ...]
+    outputs: Tuple[OutputDeviation, ...]
 
 
 def verify(
@@ -114,12 +114,14 @@ def _matching(name: str, references: Arrays, outputs: Arrays) -> np.ndarray:
     return outputs[name]
 
 
-def _compare(name: str, wanted: np.ndarray, got: np.ndarray, scale: Optional[float]) -> OutputError:
+def _compare(name: str, wanted: np.ndarray, got: np.ndarray, scale: Optional[float]) -> OutputDeviation:
     try:
         got = reshaped(name, got, wanted.shape)
     except ValueError as error:
         raise ConversionError(f"model and reference do not belong together: {error}") from error
     if not np.isfinite(got).all():
-        return OutputError(name, float("-inf"), float("inf"), float("inf") if scale else None)
+        return OutputDeviation(name, float("-inf"), float("inf"), float("inf") if scale else None)
     worst = float(np.max(np.abs(wanted.astype(np.float64) - got.astype(np.float64))))
-    return OutputError(name, sqnr_db(wanted, got), worst, max_steps(wanted, got, scale) if scale else None)
+    return OutputDeviation(
+        name, sqnr_db(wanted, got), worst, max_steps(wanted, got, scale) if scale else None
+    )
