@@ -1,6 +1,8 @@
 """The mathematics and policy of slimtrain on numpy arrays: pure functions, state as values, no framework."""
 
 from slimtrain.core.batchnorm import fold_batch_norm, fold_factor
+from slimtrain.core.channel_choice import ChannelChoice, choose_channels
+from slimtrain.core.channels import ChannelClasses, ChannelGraph, ChannelGroup, LayerChannels
 from slimtrain.core.coverage import Coverage, LayerCoverage, LayerState
 from slimtrain.core.errors import ConversionError, CoverageError, ParameterFileError, SlimtrainError
 from slimtrain.core.files import replace_all, write_whole
@@ -17,58 +19,94 @@ from slimtrain.core.grid import (
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
 from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, Quantizer, Role, place
+from slimtrain.core.prune_ratios import OVERALL, read_prune_ratios, write_prune_ratios
+from slimtrain.core.ranking import global_keep, layer_keep, sparsity_of
 from slimtrain.core.scales import SMALLEST_SCALE, lsq_scale, max_abs_scale, mse_scale
+from slimtrain.core.schedule import PruningSchedule, Ramp, schedule_between, step_of
 from slimtrain.core.selection import select
+from slimtrain.core.sensitivity import (
+    Sensitivity,
+    accumulate_sensitivity,
+    load_sensitivity,
+    mean_share,
+    save_sensitivity,
+)
 from slimtrain.core.simulator import (
     Activation,
     IntegerConv,
     accumulate,
+    has_small_groups,
     input_levels,
     same_padding,
     simulate_conv,
     simulate_linear,
 )
+from slimtrain.core.vbmf import Evbmf, evbmf
 
 __all__ = [
     "Activation",
+    "ChannelChoice",
+    "ChannelClasses",
+    "ChannelGraph",
+    "ChannelGroup",
     "ConversionError",
     "Coverage",
     "CoverageError",
+    "Evbmf",
     "Grid",
     "IntegerConv",
     "LayerCall",
+    "LayerChannels",
     "LayerCoverage",
     "LayerState",
+    "OVERALL",
     "Op",
     "OpKind",
     "ParameterFileError",
     "Placement",
+    "PruningSchedule",
     "Quantizer",
+    "Ramp",
     "Role",
     "SMALLEST_SCALE",
+    "Sensitivity",
     "SlimtrainError",
     "accumulate",
+    "accumulate_sensitivity",
     "activation_grid",
     "capped_grid",
+    "choose_channels",
     "dequantize",
+    "evbmf",
     "fake_quantize",
     "fold_batch_norm",
     "fold_factor",
+    "global_keep",
+    "has_small_groups",
     "input_levels",
+    "layer_keep",
+    "load_sensitivity",
     "lsq_gradient",
     "lsq_scale",
     "max_abs_scale",
     "max_steps",
+    "mean_share",
     "mse_scale",
     "place",
     "quantize",
+    "read_prune_ratios",
     "replace_all",
     "round_half_away",
     "same_padding",
+    "save_sensitivity",
+    "schedule_between",
     "select",
     "simulate_conv",
     "simulate_linear",
+    "sparsity_of",
     "sqnr_db",
+    "step_of",
     "weight_grid",
+    "write_prune_ratios",
     "write_whole",
 ]
