@@ -9,6 +9,7 @@ from torch import nn
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.quantizer import Batch, choose_activation_scale
 from slimtrain.callbacks.simulation import Calibration
+from slimtrain.core import activation_grid, weight_grid
 
 
 class Mode(Enum):
@@ -45,6 +46,7 @@ class LSQQuantizer(QATQuantizer):
                  debug_info: bool = False, mode: Union[str, Mode] = Mode.ONLINE, retain_sparsity: bool = False, *,
                  weight_bits: Optional[int] = None, activation_bits: Optional[int] = None,
                  unsigned_activations: bool = True, scale_lr_ratio: float = 1.0) -> None:
+        self.check(bits, weight_bits, activation_bits, mode, scale_lr_ratio)
         self.mode = _mode(mode)
         super().__init__(model, skip_quant_layers, bits if weight_bits is None else weight_bits,
                          bits if activation_bits is None else activation_bits,
@@ -54,6 +56,20 @@ class LSQQuantizer(QATQuantizer):
         if self.mode is Mode.OFFLINE:
             for scale in self.scale_parameters():
                 scale.requires_grad_(False)
+
+    @staticmethod
+    def check(bits: int, weight_bits: Optional[int], activation_bits: Optional[int], mode: Union[str, Mode],
+              scale_lr_ratio: float) -> None:
+        """Check arguments before there is a model.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        weight_grid(bits if weight_bits is None else weight_bits)
+        activation_grid(bits if activation_bits is None else activation_bits)
+        _mode(mode)
+        if scale_lr_ratio <= 0:
+            raise ValueError("scale_lr_ratio must be positive, got %r" % scale_lr_ratio)
 
     def starts_now(self) -> bool:
         return self.mode is Mode.OFFLINE or super().starts_now()

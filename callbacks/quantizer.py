@@ -60,6 +60,7 @@ class Quantizer:
         self.model = model
         self.bits = Bits(weight_bits, activation_bits)
         self.plan: Optional[Plan] = None
+        self.calibrating = False
         self._choice = choose_layers(model, skip_quant_layers)
         self._unsigned = unsigned_activations
         self._debug = debug_info
@@ -123,7 +124,7 @@ class Quantizer:
         self.restart_weight_scales()
         count = 0
         calibration: Optional[Calibration] = None
-        with unnoticed(self.model):
+        with unnoticed(self.model), self._calibrating():
             for batch in batches:
                 args, kwargs = arguments(batch)
                 if calibration is None:
@@ -145,7 +146,7 @@ class Quantizer:
         with unnoticed(self.model), evaluation(self.model), self._handling(recorder):
             outputs = self.model(*args, **kwargs)
             # the marks on the outputs belong to the run that just ended, which is still the tracker's latest
-            self.plan = plan = recorder.finish(outputs, self._tracker)
+            self.plan = plan = self._agree_on_signs(recorder.finish(outputs, self._tracker))
         self._choose_ranges()
         for name in self.unused_layers():
             logger.warning("layer %r is not used by the model's forward and stays float", name)
@@ -185,6 +186,14 @@ class Quantizer:
         if self.plan is None:
             raise RuntimeError("nothing is known of the activations yet: train, or call calibrate(batches), first")
         return self.plan
+
+    def open_step(self) -> None:
+        """A training step begins: what it runs outside any module belongs to the model itself."""
+        self._tracker.open()
+
+    def close_step(self) -> None:
+        """A training step has run its forward; does nothing when none is open."""
+        self._tracker.close()
 
     # -- results
 
@@ -260,6 +269,14 @@ class Quantizer:
     # -- inside
 
     @contextlib.contextmanager
+    def _calibrating(self) -> Iterator[None]:
+        self.calibrating = True
+        try:
+            yield
+        finally:
+            self.calibrating = False
+
+    @contextlib.contextmanager
     def _handling(self, handler: Handler) -> Iterator[None]:
         before, self._tracker.handler = self._tracker.handler, handler
         try:
@@ -274,11 +291,22 @@ class Quantizer:
             self.scales[owner.layer].set_signed(owner.role, signed)
 
     def _average_over_ranks(self) -> None:
+        """Every rank has calibrated on other data: all go on with the mean."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         for scales in self.scales.values():
             torch.distributed.all_reduce(scales.activation.data)
             scales.activation.data /= torch.distributed.get_world_size()
+
+    def _agree_on_signs(self, plan: Plan) -> Plan:
+        """A tensor that any rank saw below zero is signed on all."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return plan
+        owners = sorted(set(plan.owners.values()), key=lambda owner: (owner.layer, owner.role.value))
+        device = next(iter(self.scales.values())).weight.device
+        flags = torch.tensor([owner in plan.non_negative for owner in owners], dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+        return plan._replace(non_negative=frozenset(owner for owner, flag in zip(owners, flags.tolist()) if flag))
 
 
 def choose_activation_scale(value: Tensor, grid: Grid) -> float:
@@ -300,20 +328,15 @@ class _FirstBatch(OwnHook):
 
     def __init__(self, quantizer: Quantizer) -> None:
         self._quantizer = quantizer
-        self._busy = False
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._busy or self._quantizer.plan is not None:
+        if self._quantizer.plan is not None or self._quantizer.calibrating:
             return
         if not self._quantizer.starts_now():
             logger.warning("the model is run in evaluation mode before its activations were calibrated: "
                            "it computes as the float model")
             return
-        self._busy = True
-        try:
-            self._quantizer.start_from(Batch(args, kwargs))
-        finally:
-            self._busy = False
+        self._quantizer.start_from(Batch(args, kwargs))
 
 
 def _double(value: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Simulation(Handler):
     def __init__(self, layers: Mapping[str, nn.Module], plan: Plan) -> None:
         self.plan = plan
         self._layers = layers
+        self._inputs = {call.layer: call.input for call in reversed(plan.calls)}
         self._folded = frozenset(call.layer for call in plan.calls if call.batch_norm)
         self._unplanned: Set[str] = set()
 
@@ -91,8 +92,10 @@ class Simulation(Handler):
         x, mark = call.inputs[0], call.marks[0]
         if mark is not None and mark.scale_owner is not None:
             return x, mark.scale_owner
-        self._report_unplanned(call.layer, "input")
-        owner = Quantizer(call.layer, Role.INPUT)
+        owner = self._inputs.get(call.layer)
+        if owner is None:
+            self._report_unplanned(call.layer, "input")
+            owner = Quantizer(call.layer, Role.INPUT)
         return self._quantized(x, owner, mark or tracker.mark(x, call.name + "/input"), tracker), owner
 
     def _run_batch_norm(self, call: Call) -> Any:
@@ -118,8 +121,7 @@ class Simulation(Handler):
         return call.function(**values)
 
     def _input_scale_of(self, layer: str) -> Tensor:
-        owner = next((call.input for call in self.plan.calls if call.layer == layer), Quantizer(layer, Role.INPUT))
-        return self._scale(owner)
+        return self._scale(self._inputs.get(layer, Quantizer(layer, Role.INPUT)))
 
     # -- tensors
 

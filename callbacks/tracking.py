@@ -136,7 +136,13 @@ class Tracker(TorchFunctionMode):
         return True
 
     def close(self, module: Optional[nn.Module] = None) -> bool:
-        """Leave a module if its frame is the innermost; True when this ended the run."""
+        """Leave a module if its frame is the innermost; True when this ended the run.
+
+        Without a module: leave the frame that was opened without one, and whatever an exception left open in it.
+        """
+        if module is None and any(frame.module is None for frame in self._frames):
+            while self._frames[-1].module is not None:
+                self._frames.pop()
         if not self._frames or self._frames[-1].module is not module:
             return False
         self._frames.pop()

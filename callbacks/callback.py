@@ -1,0 +1,165 @@
+"""What every compression callback has in common: when it acts, and how its state travels.
+
+Lightning owns the module, the optimizer and the checkpoint. A compression callback therefore makes everything with
+parameters in ``setup`` (before a checkpoint is restored, DDP wraps and the optimizer is made), keeps its state beside
+the model's ``state_dict`` and never inside it, and leaves the user's module object the one it was.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any, Dict, Mapping, Optional
+
+import torch
+from torch import nn
+
+from slimtrain.callbacks.checkpoints import drop_orphans, write_sidecar
+from slimtrain.callbacks.lightning_bases import Callback
+from slimtrain.callbacks.model_view import submodule
+
+logger = logging.getLogger(__name__)
+
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+_AVERAGING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
+
+
+class CompressionCallback(Callback):
+    """Base of the compression callbacks.
+
+    An algorithm implements :meth:`attach`, :meth:`compression_state` and :meth:`load_compression_state`.
+
+    Args:
+        module: dotted path of the submodule to compress; "" for the whole LightningModule, or, where that has no
+            ``forward`` of its own, for the only submodule that has weights.
+    """
+
+    def __init__(self, module: str = "") -> None:
+        super().__init__()
+        self.module = module
+        self._target: Optional[nn.Module] = None
+
+    # -- what an algorithm does
+
+    def attach(self, model: nn.Module) -> None:
+        """Prepare a model for training; called once for each model."""
+        raise NotImplementedError
+
+    def compression_state(self) -> Dict[str, Any]:
+        """State as tensors, numbers, strings and dicts of them."""
+        raise NotImplementedError
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`compression_state` gave, into the attached model."""
+        raise NotImplementedError
+
+    def checkpoint_saved(self, trainer: Any, path: str) -> None:
+        """A checkpoint was written to ``path``; called on every rank."""
+
+    # -- when
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Attach to the model, once, whatever the stage: a checkpoint may be restored in any of them."""
+        _refuse_unsupported(trainer, pl_module, self)
+        pl_module.configure_model()  # documented to be idempotent; layers made there do not exist before
+        target = find_target(pl_module, self.module)
+        _announce_checkpoints(trainer)
+        if target is not self._target:
+            self.attach(target)
+            self._target = target
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks of one class on two submodules have two states."""
+        return self._generate_state_key(module=self.module)  # type: ignore[no-any-return]
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The state that goes into a checkpoint; loadable with ``weights_only=True``."""
+        return self.compression_state() if self._target is not None else {}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Restore the state of a checkpoint; Lightning calls it after :meth:`setup`."""
+        self.load_compression_state(state_dict)
+
+
+def find_target(pl_module: nn.Module, path: str) -> nn.Module:
+    """The module to compress.
+
+    Raises:
+        ValueError: no such submodule, or none was named and the LightningModule has no forward.
+    """
+    if path or _has_forward(pl_module):
+        return submodule(pl_module, path)
+    weighted = [name for name, child in pl_module.named_children() if next(child.parameters(), None) is not None]
+    if len(weighted) != 1:
+        raise ValueError("%s has no forward, so it cannot be told which module will be deployed: define forward, or "
+                         "name the module (module=%s)" % (type(pl_module).__name__,
+                                                          " or ".join(map(repr, weighted)) or "..."))
+    return submodule(pl_module, weighted[0])
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether the user's own classes define a forward."""
+    definer = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return not definer.__module__.startswith(("pytorch_lightning.", "lightning.", "torch.nn.modules.module"))
+
+
+def _refuse_unsupported(trainer: Any, pl_module: Any, callback: Any) -> None:
+    strategy = type(trainer.strategy).__name__
+    if strategy in _SHARDED:
+        raise RuntimeError("%s does not work with %s, which splits parameters after callbacks are set up; use a "
+                           "single device or DDP" % (type(callback).__name__, strategy))
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        raise RuntimeError("%s cannot follow the tensors of a model that went through torch.compile; pass the "
+                           "uncompiled model to the Trainer" % type(callback).__name__)
+    for other in trainer.callbacks:
+        if other is callback:
+            return
+        if any(base.__name__ in _AVERAGING for base in type(other).__mro__):
+            raise RuntimeError("%s copies the model when it is set up and would miss the scales: put %s before it in "
+                               "the Trainer's callbacks" % (type(other).__name__, type(callback).__name__))
+
+
+def _announce_checkpoints(trainer: Any) -> None:
+    """Tell the compression callbacks of each checkpoint that the Trainer writes.
+
+    ``ModelCheckpoint(save_weights_only=True)`` asks callbacks for nothing, and no hook names the file that was
+    written: the Trainer's own ``save_checkpoint`` is the one place that all checkpoints pass.
+    """
+    save = trainer.save_checkpoint
+    if hasattr(save, "__wrapped__"):
+        return
+
+    @functools.wraps(save)
+    def announced(filepath: Any, weights_only: Optional[bool] = None, storage_options: Optional[Any] = None) -> None:
+        save(filepath, weights_only, storage_options)
+        mine = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        path = os.fspath(filepath)
+        if trainer.is_global_zero and weights_only:
+            write_sidecar(path, {callback.state_key: callback.state_dict() for callback in mine})
+        if trainer.is_global_zero:
+            drop_orphans(os.path.dirname(path))
+        for callback in mine:
+            callback.checkpoint_saved(trainer, path)
+
+    trainer.save_checkpoint = announced
+
+
+def example_from_batch(model: nn.Module, batch: Any) -> Any:
+    """The model's input in a training batch: the batch itself, its first item, or the items that forward names.
+
+    A model with an ``example_input_array`` that is a tuple or dict tells how many items, or which.
+    """
+    array = getattr(model, "example_input_array", None)
+    if isinstance(batch, Mapping):
+        return _named_items(model, batch, array)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch[:len(array)]) if isinstance(array, tuple) else batch[0]
+    return batch
+
+
+def _named_items(model: nn.Module, batch: Mapping[str, Any], array: Any) -> Any:
+    code = getattr(type(model).forward, "__code__", None)
+    names = array if isinstance(array, Mapping) else code.co_varnames[:code.co_argcount] if code else ()
+    items = {name: batch[name] for name in names if name in batch}
+    return items or next(value for value in batch.values() if isinstance(value, torch.Tensor))

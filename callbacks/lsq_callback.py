@@ -1,0 +1,48 @@
+"""Learned step size quantization as a Lightning callback."""
+from __future__ import annotations
+
+from typing import List, Optional
+
+from torch import nn
+
+from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
+from slimtrain.callbacks.quantizer_callback import QuantizerCallback
+
+
+class LSQQuantizerCallback(QuantizerCallback):
+    """Trains the Trainer's model in simulated int8 and writes what MNN runs.
+
+    At the end of ``fit`` there are a float ONNX file, its ``compress_params.bin`` and, where MNN is installed, an int8
+    ``.mnn`` that computes what the trained model computes. Checkpoints hold the float model's ``state_dict``.
+
+    Args:
+        skip_quant_layers: names or patterns (``features.*``) of layers that stay float.
+        bits: 2 to 8, for weights and activations.
+        debug_info: log the scales as they start.
+        mode: "online" learns the scales, "offline" takes them from the data.
+        retain_sparsity: weights that are zero when training starts stay zero.
+        weight_bits: instead of ``bits``.
+        activation_bits: instead of ``bits``.
+        unsigned_activations: below 8 bits, give activations that are never negative the range 0..2^bits - 1.
+        scale_lr_ratio: learning rate of the scales over that of their parameter group.
+        module: dotted path of the submodule to compress; "" for the whole model.
+        calibration_batches: training batches that set the start of the activation scales.
+        export_to: path without suffix of what is written at the end of ``fit``; None for the model's name in the
+            Trainer's log folder, "" for no export.
+        export_checkpoints: also export beside every checkpoint.
+    """
+
+    def __init__(self, skip_quant_layers: Optional[List[str]] = None, bits: int = 8, debug_info: bool = False,
+                 mode: str = "online", retain_sparsity: bool = False, *, weight_bits: Optional[int] = None,
+                 activation_bits: Optional[int] = None, unsigned_activations: bool = True,
+                 scale_lr_ratio: float = 1.0, module: str = "", calibration_batches: int = 1,
+                 export_to: Optional[str] = None, export_checkpoints: bool = False) -> None:
+        super().__init__(module, calibration_batches, export_to, export_checkpoints)
+        self._arguments = dict(
+            skip_quant_layers=tuple(skip_quant_layers or ()), bits=bits, debug_info=debug_info, mode=mode,
+            retain_sparsity=retain_sparsity, weight_bits=weight_bits, activation_bits=activation_bits,
+            unsigned_activations=unsigned_activations, scale_lr_ratio=scale_lr_ratio)
+        LSQQuantizer.check(bits, weight_bits, activation_bits, mode, scale_lr_ratio)
+
+    def make_quantizer(self, model: nn.Module) -> LSQQuantizer:
+        return LSQQuantizer(model, **self._arguments)  # type: ignore[arg-type]
