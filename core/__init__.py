@@ -1,9 +1,31 @@
 """The mathematics and policy of slimtrain on numpy arrays: pure functions, state as values, no framework."""
 
 from slimtrain.core.batchnorm import fold_batch_norm, fold_factor
+from slimtrain.core.chain import (
+    Affine,
+    Chain,
+    add_identity,
+    axis_owners,
+    compose,
+    identity_tap,
+    merge,
+    multiply_adds,
+    parameters,
+    relative_error,
+)
 from slimtrain.core.channel_choice import ChannelChoice, choose_channels
 from slimtrain.core.channels import ChannelClasses, ChannelGraph, ChannelGroup, LayerChannels
 from slimtrain.core.coverage import Coverage, LayerCoverage, LayerState
+from slimtrain.core.decompose import (
+    Analysis,
+    Factorization,
+    Spectrum,
+    analyse,
+    chain_shapes,
+    full_ranks,
+    natural_factorization,
+    truncate,
+)
 from slimtrain.core.errors import ConversionError, CoverageError, ParameterFileError, SlimtrainError
 from slimtrain.core.files import replace_all, write_whole
 from slimtrain.core.grid import (
@@ -45,6 +67,9 @@ from slimtrain.core.vbmf import Evbmf, evbmf
 
 __all__ = [
     "Activation",
+    "Affine",
+    "Analysis",
+    "Chain",
     "ChannelChoice",
     "ChannelClasses",
     "ChannelGraph",
@@ -53,6 +78,7 @@ __all__ = [
     "Coverage",
     "CoverageError",
     "Evbmf",
+    "Factorization",
     "Grid",
     "IntegerConv",
     "LayerCall",
@@ -71,18 +97,26 @@ __all__ = [
     "SMALLEST_SCALE",
     "Sensitivity",
     "SlimtrainError",
+    "Spectrum",
     "accumulate",
     "accumulate_sensitivity",
     "activation_grid",
+    "add_identity",
+    "analyse",
+    "axis_owners",
     "capped_grid",
+    "chain_shapes",
     "choose_channels",
+    "compose",
     "dequantize",
     "evbmf",
     "fake_quantize",
     "fold_batch_norm",
     "fold_factor",
+    "full_ranks",
     "global_keep",
     "has_small_groups",
+    "identity_tap",
     "input_levels",
     "layer_keep",
     "load_sensitivity",
@@ -91,10 +125,15 @@ __all__ = [
     "max_abs_scale",
     "max_steps",
     "mean_share",
+    "merge",
     "mse_scale",
+    "multiply_adds",
+    "natural_factorization",
+    "parameters",
     "place",
     "quantize",
     "read_prune_ratios",
+    "relative_error",
     "replace_all",
     "round_half_away",
     "same_padding",
@@ -106,6 +145,7 @@ __all__ = [
     "sparsity_of",
     "sqnr_db",
     "step_of",
+    "truncate",
     "weight_grid",
     "write_prune_ratios",
     "write_whole",

@@ -42,9 +42,9 @@ def lsq_scale(x: np.ndarray, grid: Grid, axis: Optional[int] = None) -> np.ndarr
 def mse_scale(x: np.ndarray, grid: Grid, axis: Optional[int] = None) -> np.ndarray:
     """The scale with the least squared error of ``fake_quantize(x)``, by search.
 
-    The best of 33 candidates between 0.02 and 1.2 of the max-abs scale, then of 25 around that one, is refined
-    by turns of "levels for the scale" and "least-squares scale for the levels". Without an axis, arrays above
-    2**16 elements are searched on an evenly strided sample, the same one each time.
+    The best of 33 candidates between 0.02 and 1.2 of the max-abs scale, then of 25 around that one, is
+    refined by turns of "levels for the scale" and "least-squares scale for the levels". Without an axis,
+    arrays above 2**16 elements are searched on an evenly strided sample, the same one each time.
 
     Raises:
         ValueError: ``x`` is empty or not finite, or has no such axis.

@@ -57,8 +57,8 @@ class IntegerConv:
 
     Raises:
         TypeError: the weight does not hold integers.
-        ValueError: a shape, level or scale does not fit, or the convolution is one that MNN leaves float
-            (each input channel has several filters of its own).
+        ValueError: a shape, level or scale does not fit, or MNN leaves such a convolution float, see
+            ``has_small_groups``.
     """
 
     weight: np.ndarray
@@ -78,9 +78,9 @@ class IntegerConv:
         if self.weight.ndim != 4 or self.groups < 1 or len(self.weight) % self.groups:
             raise ValueError("weight must be [O, I / groups, kh, kw] with O a multiple of groups "
                              f"({self.groups}), got {self.weight.shape}")
-        if self.groups > 1 and self.weight.shape[1] == 1 and not self.depthwise:
-            raise ValueError("MNN does not compute a depthwise convolution with "
-                             f"{len(self.weight) // self.groups} filters per channel in int8")
+        if has_small_groups(self.weight.shape[1] * self.groups, len(self.weight), self.groups):
+            raise ValueError(f"MNN does not compute {self.groups} groups of {self.weight.shape[1]} to "
+                             f"{len(self.weight) // self.groups} channels in int8")
         channels = (len(self.weight),)
         for name, values in (("weight_scales", self.weight_scales), ("bias", self.bias)):
             if values is not None and np.shape(values) != channels:
@@ -92,6 +92,17 @@ class IntegerConv:
     def depthwise(self) -> bool:
         """Whether each channel is convolved on its own (MNN counts one channel to one channel as such)."""
         return self.weight.shape[1] == 1 and len(self.weight) == self.groups
+
+
+def has_small_groups(inputs: int, outputs: int, groups: int) -> bool:
+    """Whether MNN's converter takes a grouped convolution apart into depthwise ones, which stay float.
+
+    It does so when a group has less than 4 and less than ``groups`` outputs, and less than ``groups`` inputs.
+    Larger groups become one dense convolution each; a depthwise convolution stays what it is.
+    """
+    if groups == inputs == outputs:
+        return False
+    return outputs // groups < min(4, groups) and inputs // groups < groups
 
 
 def input_levels(x: np.ndarray, scale: float, grid: Grid) -> np.ndarray:

@@ -24,7 +24,8 @@ def normalization(outputs, seed=0):
                 var=rng.uniform(0.1, 3, outputs))
 
 
-@pytest.mark.parametrize("groups, shape", [(1, (6, 4, 3, 3)), (2, (6, 2, 3, 1)), (4, (4, 1, 3, 3)), (4, (8, 1, 1, 1))])
+@pytest.mark.parametrize("groups, shape", [(1, (6, 4, 3, 3)), (2, (6, 2, 3, 1)), (4, (4, 1, 3, 3)),
+                                           (4, (8, 1, 1, 1))])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_folded_convolution_equals_both(groups, shape, with_bias):
     rng = np.random.RandomState(1)
@@ -32,8 +33,8 @@ def test_the_folded_convolution_equals_both(groups, shape, with_bias):
     x = rng.randn(shape[1] * groups, shape[2], shape[3])
     norm = normalization(shape[0])
     before = naive_convolution(x, weight, bias, groups)
-    expected = [norm["gamma"][o] * (before[o] - norm["mean"][o]) / (norm["var"][o] + 1e-3) ** 0.5 + norm["beta"][o]
-                for o in range(shape[0])]
+    expected = [gamma * (value - mean) / (var + 1e-3) ** 0.5 + beta for value, gamma, beta, mean, var
+                in zip(before, norm["gamma"], norm["beta"], norm["mean"], norm["var"])]
     folded = fold_batch_norm(weight, bias, eps=1e-3, **norm)
     np.testing.assert_allclose(naive_convolution(x, folded[0], folded[1], groups), expected, rtol=1e-10)
 
@@ -71,8 +72,8 @@ def test_fold_factor_by_hand():
     (dict(bias=np.ones((2, 1))), "bias must have shape"),
 ])
 def test_lengths_that_do_not_fit_are_refused(change, message):
-    arguments = dict(weight=np.ones((2, 3)), bias=np.ones(2), gamma=np.ones(2), beta=np.ones(2), mean=np.ones(2),
-                     var=np.ones(2), eps=1e-5)
+    arguments = dict(weight=np.ones((2, 3)), bias=np.ones(2), gamma=np.ones(2), beta=np.ones(2),
+                     mean=np.ones(2), var=np.ones(2), eps=1e-5)
     arguments.update(change)
     with pytest.raises(ValueError, match=message):
         fold_batch_norm(**arguments)

@@ -12,8 +12,8 @@ import slimtrain.core
 
 FOLDER = Path(slimtrain.core.__file__).parent
 ALLOWED = {"numpy", "yaml", "slimtrain.core"}
-HEAVY = {"torch", "lightning", "pytorch_lightning", "tensorflow", "onnx", "onnxruntime", "MNN", "google", "scipy",
-         "matplotlib", "rich", "click", "yaml"}
+HEAVY = {"torch", "lightning", "pytorch_lightning", "tensorflow", "onnx", "onnxruntime", "MNN", "google",
+         "scipy", "matplotlib", "rich", "click", "yaml"}
 
 
 def imported_modules(source):
@@ -38,16 +38,16 @@ def in_standard_library(name):
 
 
 def foreign_imports(source):
-    return {name for name in imported_modules(source)
-            if not in_standard_library(name) and not any(name == ok or name.startswith(ok + ".") for ok in ALLOWED)}
+    return {name for name in imported_modules(source) if not in_standard_library(name)
+            and not any(name == allowed or name.startswith(allowed + ".") for allowed in ALLOWED)}
 
 
 def loaded_by(statement, *extra_path):
     """Top-level names of the modules that a fresh interpreter has loaded after a statement."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([*map(str, extra_path), *sys.path]))
     program = statement + "\nimport sys; print(' '.join({name.split('.')[0] for name in sys.modules}))"
-    result = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, check=True)
-    return set(result.stdout.decode().split())
+    output = subprocess.check_output([sys.executable, "-c", program], env=environment)
+    return set(output.decode().split())
 
 
 def test_sources_import_only_what_is_allowed():

@@ -22,7 +22,7 @@ def test_names_come_in_the_order_of_the_model(patterns, expected):
 
 
 @pytest.mark.parametrize("patterns, nearest", [
-    (["stem.conv", "blocks.0.conw"], "'blocks.0.conw'; the nearest names are 'blocks.0.conv', 'blocks.1.conv'"),
+    (["stem.conv", "blocks.0.cnv"], "'blocks.0.cnv'; the nearest names are 'blocks.0.conv', 'blocks.1.conv'"),
     (["HEAD"], "'HEAD'; known are 'stem.conv'"),
     (["layer*"], "no layer matches 'layer*'"),
 ])

@@ -1,4 +1,4 @@
-"""The integer simulator against convolution in loops of Python integers and rounding of single float32 numbers."""
+"""The integer simulator against loops of Python integers and one float32 operation at a time."""
 
 import math
 
@@ -14,6 +14,7 @@ from slimtrain.core import (
     accumulate,
     activation_grid,
     capped_grid,
+    has_small_groups,
     input_levels,
     quantize,
     same_padding,
@@ -49,7 +50,8 @@ def naive_dense_level(total, channel, conv):
     """One level of a dense convolution, each float32 operation on its own."""
     scale, kernel_sum = f32(conv.weight_scales[channel]), int(conv.weight[channel].sum())
     bias = f32(0 if conv.bias is None else conv.bias[channel])
-    real = f32(f32(f32(total + 128 * kernel_sum) * scale) * f32(f32(conv.input_scale) / f32(conv.output_scale)))
+    step = f32(f32(conv.input_scale) / f32(conv.output_scale))
+    real = f32(f32(f32(total + 128 * kernel_sum) * scale) * step)
     weighted = f32(f32(f32(kernel_sum) * scale) * f32(128))
     shift = f32(f32(bias - f32(weighted * f32(conv.input_scale))) / f32(conv.output_scale))
     return naive_level(f32(real + shift), conv)
@@ -100,8 +102,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("shape", [dict(), dict(outputs=6, inner=2, groups=3), dict(outputs=5, inner=1, groups=5),
-                                   dict(outputs=1, inner=1)])
+@pytest.mark.parametrize("shape", [dict(), dict(outputs=6, inner=2, groups=2),
+                                   dict(outputs=5, inner=1, groups=5), dict(outputs=1, inner=1)])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_levels_against_loops(options, shape, bits):
     q_x, conv = random_case(seed=bits, bits=bits, **dict(shape, **options))
@@ -117,11 +119,12 @@ def test_random_levels_against_loops(seed, shape):
     np.testing.assert_array_equal(simulate_conv(q_x, conv), naive_levels(q_x, conv))
 
 
-def pointwise(weight, bias, output_scale=1.0, groups=1, grid=weight_grid(8), activation=Activation.NONE):
-    """A 1x1 convolution with unit input and weight scales."""
+def pointwise(weight, bias, **options):
+    """A 1x1 convolution with unit scales."""
     kernel = np.asarray(weight)[:, :, None, None]
-    return IntegerConv(kernel, np.ones(len(kernel)), None if bias is None else np.array(bias), 1.0, output_scale,
-                       grid, groups=groups, activation=activation)
+    arguments = dict(dict(output_scale=1.0, output_grid=weight_grid(8)), **options)
+    shift = None if bias is None else np.array(bias)
+    return IntegerConv(kernel, np.ones(len(kernel)), shift, 1.0, **arguments)
 
 
 def row(*levels):
@@ -145,19 +148,28 @@ def test_only_depthwise_truncates_the_bias():
 def test_relu6_is_a_relu_until_the_grid_says_six():
     grid = weight_grid(8)
     for cap, highest in ((grid, 100), (capped_grid(grid, 0.1), 60)):
-        conv = pointwise([[1], [1]], None, output_scale=0.1, grid=cap, activation=Activation.RELU6)
+        conv = pointwise([[1], [1]], None, output_scale=0.1, output_grid=cap, activation=Activation.RELU6)
         assert simulate_conv(row(-5, 3, 6, 10), conv)[0, 0, 0].tolist() == [0, 30, 60, highest]
 
 
 def test_the_output_grid_clamps():
-    conv = pointwise([[1], [1]], None, grid=Grid(2, 0, 3))
+    conv = pointwise([[1], [1]], None, output_grid=Grid(2, 0, 3))
     assert simulate_conv(row(-7, 2, 9), conv)[0, 0, 0].tolist() == [0, 2, 3]
 
 
 def test_tiny_depthwise_scales_count_as_a_millionth():
-    tiny = IntegerConv(np.full((2, 1, 1, 1), 100), np.array([1e-7, 1e-6]), None, 1.0, 1e-4, weight_grid(8), groups=2)
+    weight, scales = np.full((2, 1, 1, 1), 100), np.array([1e-7, 1e-6])
+    tiny = IntegerConv(weight, scales, None, 1.0, 1e-4, weight_grid(8), groups=2)
     x = np.full((1, 2, 1, 1), 50)
     assert simulate_conv(x, tiny).ravel().tolist() == [50, 50]
+
+
+@pytest.mark.parametrize("inputs, outputs, groups, small", [
+    (8, 8, 1, False), (8, 8, 8, False), (8, 16, 8, True), (8, 24, 8, True), (8, 32, 8, False),
+    (2, 4, 2, False), (8, 4, 4, True), (16, 4, 4, False), (12, 8, 4, True), (4, 2, 2, False),
+    (6, 6, 3, True), (6, 9, 3, False)])
+def test_which_groups_are_small(inputs, outputs, groups, small):
+    assert has_small_groups(inputs, outputs, groups) is small
 
 
 def test_sums_beyond_float32_are_exact():
@@ -181,8 +193,8 @@ def test_linear_layers_of_any_rank():
 
 
 @pytest.mark.parametrize("size, kernel, stride, dilation, expected", [
-    (5, 3, 1, 1, (1, 1)), (5, 3, 2, 1, (1, 1)), (6, 3, 2, 1, (0, 1)), (6, 2, 1, 1, (0, 1)), (7, 3, 1, 2, (2, 2)),
-    (5, 1, 2, 1, (0, 0)), (224, 7, 2, 1, (2, 3))])
+    (5, 3, 1, 1, (1, 1)), (5, 3, 2, 1, (1, 1)), (6, 3, 2, 1, (0, 1)), (6, 2, 1, 1, (0, 1)),
+    (7, 3, 1, 2, (2, 2)), (5, 1, 2, 1, (0, 0)), (224, 7, 2, 1, (2, 3))])
 def test_same_padding_of_tensorflow(size, kernel, stride, dilation, expected):
     assert same_padding(size, kernel, stride, dilation) == expected
     padded = size + sum(expected)
@@ -208,7 +220,7 @@ GOOD = dict(weight=np.ones((4, 2, 3, 3), int), weight_scales=np.ones(4), bias=np
     (dict(weight=np.full((4, 2, 3, 3), 128)), ValueError, "must fit int8, got 128 to 128"),
     (dict(weight=np.ones((4, 2), int)), ValueError, r"must be \[O, I / groups, kh, kw\]"),
     (dict(groups=3), ValueError, r"multiple of groups \(3\)"),
-    (dict(weight=np.ones((4, 1, 3, 3), int), groups=2), ValueError, "2 filters per channel"),
+    (dict(weight=np.ones((4, 3, 3, 3), int), groups=4), ValueError, "4 groups of 3 to 1 channels in int8"),
     (dict(weight_scales=np.ones(1)), ValueError, r"weight_scales must have shape \(4,\)"),
     (dict(bias=np.ones((4, 1))), ValueError, r"bias must have shape \(4,\)"),
     (dict(weight_scales=np.array([1, 1, 0, 1.0])), ValueError, "index 2 of 4"),
