@@ -1,0 +1,15 @@
+"""TensorFlow: quantizers of graphs, on 1.15 and on 2.x through ``tensorflow.compat.v1``, and hooks for monitored sessions."""
+
+from slimtrain.hooks import helpers
+from slimtrain.hooks.ema_quantizer import EMAQuantizer
+from slimtrain.hooks.lsq_quantizer import LSQQuantizer
+from slimtrain.hooks.strip import MNN_QAT_variables, get_qat_state_placeholder, strip_MNN_QAT_ops
+
+__all__ = [
+    "EMAQuantizer",
+    "LSQQuantizer",
+    "MNN_QAT_variables",
+    "get_qat_state_placeholder",
+    "helpers",
+    "strip_MNN_QAT_ops",
+]

@@ -1,0 +1,142 @@
+"""A frozen inference graph from a live training session, made on a copy.
+
+The copy starts from the GraphDef that was taken before anything was inserted, and only reads the session's variables: the
+training graph keeps its operations and its version, and stays finalized.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from typing import Any, Dict, List, Sequence, Tuple
+
+import tensorflow.compat.v1 as tf
+
+from slimtrain.core import ConversionError, replace_all
+from slimtrain.hooks.batch_norm import FUSED
+from slimtrain.hooks.deployment import DeployedLayer, deployed_scope
+from slimtrain.hooks.graph import find_tensor, is_random
+from slimtrain.hooks.operations import Network
+from slimtrain.hooks.rewriting import (
+    Replacements,
+    Rewriting,
+    add_inference_norms,
+    add_layers,
+    add_poolings,
+    redirect,
+)
+from slimtrain.proto import quantize_algorithm, save_algorithm
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = frozenset({"IteratorGetNext", "QueueDequeueV2", "QueueDequeueManyV2", "QueueDequeueUpToV2"})
+
+
+def export_model(stem: str, session: tf.Session, clean: Any, rewriting: Rewriting, output_names: Sequence[str]) -> None:
+    """Write ``stem.pb`` and ``stem.compress_params.bin``, both or none.
+
+    Args:
+        stem: path without suffix.
+        session: holds the trained variables.
+        clean: GraphDef of the network as the user built it.
+        rewriting: the network and its quantized layers.
+        output_names: tensors or operations that leave the network.
+
+    Raises:
+        ValueError: an output that does not exist.
+        ConversionError: a part of the graph has no inference form.
+    """
+    frozen = inference_graph(session, clean, rewriting, output_names)
+    with tempfile.TemporaryDirectory(prefix="slimtrain-") as folder:
+        params = os.path.join(folder, "params.bin")
+        write_params_file(params, rewriting.deployed, append=False)
+        with open(params, "rb") as file:
+            replace_all([(stem + ".pb", frozen.SerializeToString()), (stem + ".compress_params.bin", file.read())])
+
+
+def write_params_file(filename: str, deployed: Sequence[DeployedLayer], append: bool) -> None:
+    """Write the parameters of quantized layers to MNN's parameter file."""
+    save_algorithm(filename, quantize_algorithm([layer.params for layer in deployed]), append)
+
+
+def inference_graph(session: tf.Session, clean: Any, rewriting: Rewriting, output_names: Sequence[str]) -> Any:
+    """The frozen GraphDef that computes the network as MNN shall."""
+    copy, replacements = inference_copy(clean, rewriting.network)
+    outputs = [find_tensor(copy, name).op.name for name in output_names]
+    replacements.update(add_layers(copy, rewriting.deployed))
+    replacements.update(add_poolings(copy, rewriting.network, rewriting.int8_safe))
+    redirect(copy, replacements)
+    graph_def = _with_old_names(copy.as_graph_def(), _renames(replacements, rewriting.deployed))
+    frozen = tf.graph_util.convert_variables_to_constants(session, graph_def, outputs)
+    frozen = tf.graph_util.remove_training_nodes(frozen, protected_nodes=outputs)
+    _check_inference(frozen)
+    return frozen
+
+
+def inference_copy(clean: Any, network: Network) -> Tuple[tf.Graph, Replacements]:
+    """A graph of its own, without dropout, and what has to be replaced in it to make it infer."""
+    copy = tf.Graph()
+    with copy.as_default():
+        tf.import_graph_def(clean, name="")
+    redirect(copy, {name: copy.get_tensor_by_name(source.name) for name, source in network.dropouts.items()})
+    replacements = add_inference_norms(copy, [norm for norm in network.norms.values() if norm.training])
+    replacements.update(_placeholders(copy, network.within))
+    return copy, replacements
+
+
+def _placeholders(graph: tf.Graph, within: Any) -> Replacements:
+    """Placeholders in the place of what an input pipeline delivers."""
+    wanted = [tensor for op in graph.get_operations() if op.type in _SOURCES and op.name in within
+              for tensor in op.outputs if any(reader.name in within for reader in tensor.consumers())]
+    added = {}
+    with graph.as_default():
+        for index, tensor in enumerate(wanted):
+            name = "input" if len(wanted) == 1 else "input_{}".format(index)
+            added[tensor.name] = tf.placeholder(tensor.dtype, tensor.shape, name=name)
+            logger.info("%s becomes the placeholder %s of the exported graph", tensor.name, added[tensor.name].op.name)
+    return added
+
+
+def _renames(replacements: Replacements, deployed: Sequence[DeployedLayer]) -> Dict[str, str]:
+    """Give replacements the names of what they replace, so that outputs keep theirs."""
+    renames = {tensor.op.name: name.partition(":")[0] for name, tensor in replacements.items()
+               if tensor.op.type != "Placeholder"}
+    for layer in deployed:
+        exported, live = layer.params.output_names
+        renames[deployed_scope(layer.params.name) + "convolution"] = layer.params.name
+        renames[live] = exported
+    return renames
+
+
+def _with_old_names(graph_def: Any, renames: Dict[str, str]) -> Any:
+    replaced = set(renames.values())
+    renamed = tf.GraphDef()
+    renamed.versions.CopyFrom(graph_def.versions)
+    renamed.library.CopyFrom(graph_def.library)
+    for node in graph_def.node:
+        if node.name not in replaced:
+            fresh = renamed.node.add()
+            fresh.CopyFrom(node)
+            fresh.name = renames.get(node.name, node.name)
+            fresh.device = ""
+            fresh.attr.pop("_class", None)  # colocation with what may be gone
+            fresh.input[:] = [_renamed_input(name, renames) for name in node.input]
+    return renamed
+
+
+def _renamed_input(name: str, renames: Dict[str, str]) -> str:
+    mark, bare = ("^", name[1:]) if name.startswith("^") else ("", name)
+    op, colon, index = bare.partition(":")
+    return mark + renames.get(op, op) + colon + index
+
+
+def _check_inference(frozen: Any) -> None:
+    """Raise ``ConversionError`` for what only makes sense in training."""
+    problems = []  # type: List[str]
+    for node in frozen.node:
+        if node.op in FUSED and node.attr["is_training"].b:
+            problems.append("batch norm {!r} uses the statistics of the batch and has no moving averages".format(node.name))
+        elif is_random(node.op):
+            problems.append("{} {!r} draws random numbers".format(node.op, node.name))
+    if problems:
+        raise ConversionError("the network has no inference form: {}".format("; ".join(problems)))

@@ -1,0 +1,71 @@
+"""What a quantizer must remember: variables of the graph, so that every checkpoint holds them.
+
+They are made on the device of the model variable they belong to: with a parameter server, all workers share them.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, List, NamedTuple
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+from slimtrain.core import SMALLEST_SCALE, Grid
+
+#: graph collection of every variable that quantization added
+COLLECTION = "MNN_QAT_variables"
+#: scope of every operation that quantization added
+SCOPE = "MNN_QAT"
+
+
+class Scale(NamedTuple):
+    """One scale: as the training run uses it, and as it can be read at any time without feeding data."""
+
+    used: tf.Tensor
+    stored: tf.Tensor
+    ready: tf.Tensor    #: bool; whether ``stored`` means anything yet
+
+
+def make_variable(name: str, value: np.ndarray, beside: tf.Tensor, trainable: bool = False) -> Any:
+    """A variable of the state, on the device of ``beside``."""
+    with tf.device(beside.device), tf.control_dependencies(None):
+        return tf.Variable(value, name=name, trainable=trainable,
+                           collections=[tf.GraphKeys.GLOBAL_VARIABLES, COLLECTION])
+
+
+def started_scale(name: str, shape: List[int], beside: tf.Tensor, values: tf.Tensor,
+                  start: Callable[[np.ndarray], np.ndarray], trainable: bool) -> Scale:
+    """A scale that takes its start from the first values that it sees, once in the life of a checkpoint.
+
+    Args:
+        name: of the variable.
+        shape: of the scale.
+        beside: on whose device it lives.
+        values: what it starts from.
+        start: numpy function from the values to the scale.
+        trainable: let the optimizer learn it.
+    """
+    variable = make_variable(name, np.ones(shape, np.float32), beside, trainable)
+    flag = make_variable(name + "_initialized", np.array(False), beside)
+
+    def initialize() -> tf.Tensor:
+        first = tf.numpy_function(lambda array: start(array).astype(np.float32), [tf.stop_gradient(values)], tf.float32)
+        with tf.control_dependencies([tf.assign(variable, tf.reshape(first, shape))]):
+            with tf.control_dependencies([tf.assign(flag, True)]):
+                return tf.constant(True)
+
+    # the branch is a control dependency only: a gradient through cond is dead in version 1 of control flow
+    done = tf.cond(flag.read_value(), lambda: tf.constant(True), initialize)
+    with tf.control_dependencies([done]):
+        used = positive(variable.read_value())
+    return Scale(used, positive(variable.read_value()), flag.read_value())
+
+
+def positive(scale: tf.Tensor) -> tf.Tensor:
+    """The scale that is used for a learned value, which an optimizer step may take below zero."""
+    return tf.maximum(tf.abs(scale), SMALLEST_SCALE)
+
+
+def max_abs(values: tf.Tensor, grid: Grid, axes: List[int]) -> tf.Tensor:
+    """The scale that puts the largest magnitude on the last level; the ``max_abs_scale`` of core, in the graph."""
+    largest = tf.reduce_max(tf.abs(tf.stop_gradient(values)), axis=axes)
+    return tf.maximum(largest / float(grid.upper), SMALLEST_SCALE)

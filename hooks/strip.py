@@ -1,0 +1,67 @@
+"""The way of the seed's guide: strip the live graph, then freeze it in the session that trained it.
+
+The session keeps running the quantized graph, but a ``GraphDef`` taken after the strip shows the float one: with weights
+on their grid, matrix products as 1x1 convolutions and safe poolings if ``save_compress_params`` was called before, and
+otherwise the plain float network.
+"""
+from __future__ import annotations
+
+import logging
+from typing import Any, List, Optional
+
+import tensorflow.compat.v1 as tf
+
+from slimtrain.hooks.insertion import strip
+from slimtrain.hooks.rewriting import Rewriting, add_layers, add_poolings, redirect
+from slimtrain.hooks.state import COLLECTION
+
+logger = logging.getLogger(__name__)
+
+#: name of the placeholder that tells training from testing
+STATE_PLACEHOLDER = "MNN_QAT_is_training"
+_DEPLOYED = "_slimtrain_deployed"
+
+
+def get_qat_state_placeholder(graph: Optional[tf.Graph] = None) -> tf.Tensor:
+    """The tensor to feed with True in training and False in tests, found by name.
+
+    Raises:
+        ValueError: the graph is not quantized.
+    """
+    graph = graph if graph is not None else tf.get_default_graph()
+    try:
+        return graph.get_tensor_by_name(STATE_PLACEHOLDER + ":0")
+    except KeyError as error:
+        raise ValueError("the graph has no quantizer: construct one, or import the graph of a quantized run") from error
+
+
+def MNN_QAT_variables() -> List[Any]:  # noqa: N802 - the name of the seed's interface
+    """The variables that quantization added to the default graph."""
+    return list(tf.get_collection(COLLECTION))
+
+
+def strip_MNN_QAT_ops(graph: tf.Graph) -> None:  # noqa: N802 - the name of the seed's interface
+    """Take the quantization off ``graph``, so that a ``GraphDef`` taken next is the one to deploy.
+
+    Raises:
+        RuntimeError: the graph is finalized: export it with a hook or with ``export`` instead.
+        TypeError: ``graph`` is not a ``tf.Graph``.
+    """
+    if not isinstance(graph, tf.Graph):
+        raise TypeError("graph must be a tf.Graph, got {}".format(type(graph).__name__))
+    if graph.finalized:
+        raise RuntimeError("a finalized graph cannot be stripped: use export of the quantizer or of its hook")
+    strip(graph)
+    rewriting = getattr(graph, _DEPLOYED, None)
+    if rewriting is None:
+        logger.warning("the stripped graph holds plain float weights, which MNN rounds by itself; matrix products with "
+                       "65536 weights or more, or followed by an activation, stay float: call save_compress_params "
+                       "first, or use export")
+        return
+    redirect(graph, {**add_poolings(graph, rewriting.network, rewriting.int8_safe),
+                     **add_layers(graph, rewriting.deployed)})
+
+
+def remember_deployed(graph: tf.Graph, rewriting: Rewriting) -> None:
+    """Keep what was last saved with the graph it belongs to, for the strip that follows."""
+    setattr(graph, _DEPLOYED, rewriting)
