@@ -1,0 +1,116 @@
+# Every command a contributor or CI needs. Environments are made when first wanted and reused until their
+# file in constraints/ changes; `make help` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+# The four folders are imported as slimtrain.*, without installing: build/dev holds links to them.
+links := $(addprefix build/dev/slimtrain/,core proto callbacks hooks)
+export PYTHONPATH := $(CURDIR)/build/dev
+
+WORKERS ?= 2
+DIST ?= dist
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-34s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- environments -----------------------------------------------------------------------------------------
+
+.PHONY: env-torch env-tf1 env-tf2 env-dist
+env-torch env-tf1 env-tf2 env-dist: env-%: .venv/%/made $(links) ## Make one environment
+
+.venv/torch/made .venv/tf2/made .venv/dist/made: version := 3.11
+.venv/tf1/made: version := 3.7
+
+# The stamp is written last, so that an environment without one is known to be half made.
+.venv/%/made: constraints/%.txt
+	@python=$$(.ci/find-python $(version)); \
+	echo "Making .venv/$* with $$python, once; this can take minutes."; \
+	"$$python" -m venv --clear .venv/$*; \
+	.venv/$*/bin/python -m pip install --requirement $< || { rm -rf .venv/$*; exit 1; }; \
+	touch $@
+
+build/dev/slimtrain/%:
+	@mkdir -p $(@D)
+	@ln -sfn ../../../$* $@
+
+# --- tests ------------------------------------------------------------------------------------------------
+
+MARK ?= not slow
+
+# $(call pytest,environment,folders of tests/): says which Python runs, then runs them. Only where slow tests are
+# asked for may there be none (pytest's exit code 5).
+define pytest
+@printf '\n== %s in .venv/%s: ' '$(2)' '$(1)'; .venv/$(1)/bin/python --version
+@.venv/$(1)/bin/pytest $(addprefix tests/,$(2)) -n $(WORKERS) -m '$(MARK)' || [ "$$?,$(MARK)" = 5,slow ]
+endef
+
+# More than one thread in each worker of pytest would only wait for the others.
+test%: export OMP_NUM_THREADS := 1
+
+.PHONY: test test-torch test-tf1 test-tf2 test-tf2-resource test-tf2-reference test-slow
+test: test-torch test-tf1 test-tf2 ## Run every test in every environment, except the slow ones
+
+test-torch test-tf1 test-tf2: ## Run the tests of one environment
+test-torch: env-torch
+	$(call pytest,torch,core proto callbacks house)
+
+test-tf1: env-tf1
+	$(call pytest,tf1,core proto hooks)
+
+# TensorFlow 2.x under compat.v1 has two kinds of variables and of control flow; users meet both.
+test-tf2: test-tf2-resource test-tf2-reference
+test-tf2-resource: export SLIMTRAIN_TF_MODE := resource
+test-tf2-resource: env-tf2
+	$(call pytest,tf2,core proto hooks)
+
+test-tf2-reference: export SLIMTRAIN_TF_MODE := reference
+test-tf2-reference: env-tf2
+	$(call pytest,tf2,hooks)
+
+test-slow: ## Run the tests marked slow in every environment
+	@$(MAKE) test MARK=slow
+
+# --- lint -------------------------------------------------------------------------------------------------
+
+.PHONY: lint
+lint: env-torch ## Check style, types and the syntax of Python 3.7
+	.venv/torch/bin/ruff check
+	.venv/torch/bin/mypy
+	.venv/torch/bin/pytest --quiet tests/house/test_house_syntax.py
+
+# --- what it is for ---------------------------------------------------------------------------------------
+
+.PHONY: demo demo-tf bench
+demo: env-torch ## Train, quantize and deploy the digits with Lightning; the report goes to out/demo
+	.venv/torch/bin/python examples/digits_lightning.py
+
+demo-tf: env-tf1 ## The same with TensorFlow 1.15; the report goes to out/demo-tf
+	.venv/tf1/bin/python examples/digits_monitored_session.py
+
+torch_benches := $(filter-out %/bench_hooks.py,$(wildcard tests/bench/bench_*.py))
+
+bench: env-torch env-tf1 env-tf2 ## Run every benchmark of tests/bench in its environment
+	@for bench in $(torch_benches); do .venv/torch/bin/python $$bench; done
+	.venv/tf1/bin/python tests/bench/bench_hooks.py
+	.venv/tf2/bin/python tests/bench/bench_hooks.py
+
+# --- distribution -----------------------------------------------------------------------------------------
+
+# The wheel is built from the sdist, so nothing that an earlier build left here can slip into it.
+.PHONY: dist
+dist: env-dist ## Build the sdist and the wheel into dist/
+	rm -rf slimtrain.egg-info
+	.venv/dist/bin/pyproject-build --no-isolation --outdir $(DIST) .
+	rm -rf slimtrain.egg-info
+
+.PHONY: clean clean-env
+clean: ## Delete what was built and cached, but not the environments
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks lightning_logs
+	find $(wildcard core proto callbacks hooks tests examples) -name __pycache__ -prune -exec rm -rf {} +
+
+clean-env: ## Delete the environments
+	rm -rf .venv
