@@ -14,7 +14,7 @@ from typing import Any, Dict, Mapping, Optional
 import torch
 from torch import nn
 
-from slimtrain.callbacks.checkpoints import drop_orphans, write_sidecar
+from slimtrain.callbacks.checkpoints import remove_sidecar, write_sidecar
 from slimtrain.callbacks.lightning_bases import Callback
 from slimtrain.callbacks.model_view import submodule
 
@@ -38,6 +38,7 @@ class CompressionCallback(Callback):
         super().__init__()
         self.module = module
         self._target: Optional[nn.Module] = None
+        self._path = ""  #: dotted path of the target
 
     # -- what an algorithm does
 
@@ -62,11 +63,12 @@ class CompressionCallback(Callback):
         """Attach to the model, once, whatever the stage: a checkpoint may be restored in any of them."""
         _refuse_unsupported(trainer, pl_module, self)
         pl_module.configure_model()  # documented to be idempotent; layers made there do not exist before
-        target = find_target(pl_module, self.module)
+        path = find_target(pl_module, self.module)
+        target = submodule(pl_module, path)
         _announce_checkpoints(trainer)
         if target is not self._target:
             self.attach(target)
-            self._target = target
+            self._target, self._path = target, path
 
     @property
     def state_key(self) -> str:
@@ -75,27 +77,27 @@ class CompressionCallback(Callback):
 
     def state_dict(self) -> Dict[str, Any]:
         """The state that goes into a checkpoint; loadable with ``weights_only=True``."""
-        return self.compression_state() if self._target is not None else {}
+        return {**self.compression_state(), "module": self._path} if self._target is not None else {}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Restore the state of a checkpoint; Lightning calls it after :meth:`setup`."""
         self.load_compression_state(state_dict)
 
 
-def find_target(pl_module: nn.Module, path: str) -> nn.Module:
-    """The module to compress.
+def find_target(pl_module: nn.Module, path: str) -> str:
+    """Dotted path of the module to compress.
 
     Raises:
         ValueError: no such submodule, or none was named and the LightningModule has no forward.
     """
     if path or _has_forward(pl_module):
-        return submodule(pl_module, path)
+        return path
     weighted = [name for name, child in pl_module.named_children() if next(child.parameters(), None) is not None]
     if len(weighted) != 1:
         raise ValueError("%s has no forward, so it cannot be told which module will be deployed: define forward, or "
                          "name the module (module=%s)" % (type(pl_module).__name__,
                                                           " or ".join(map(repr, weighted)) or "..."))
-    return submodule(pl_module, weighted[0])
+    return weighted[0]
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -121,28 +123,41 @@ def _refuse_unsupported(trainer: Any, pl_module: Any, callback: Any) -> None:
 
 
 def _announce_checkpoints(trainer: Any) -> None:
-    """Tell the compression callbacks of each checkpoint that the Trainer writes.
+    """Tell the compression callbacks of each checkpoint that the Trainer writes or removes.
 
     ``ModelCheckpoint(save_weights_only=True)`` asks callbacks for nothing, and no hook names the file that was
-    written: the Trainer's own ``save_checkpoint`` is the one place that all checkpoints pass.
+    written: the Trainer's own ``save_checkpoint`` is the one place that all checkpoints pass, and its strategy's
+    ``remove_checkpoint`` the one where they go.
     """
-    save = trainer.save_checkpoint
-    if hasattr(save, "__wrapped__"):
-        return
+    save, remove = trainer.save_checkpoint, trainer.strategy.remove_checkpoint
+    if not hasattr(save, "__wrapped__"):
+        @functools.wraps(save)
+        def announced(filepath: Any, weights_only: Optional[bool] = None, storage_options: Optional[Any] = None) -> None:
+            save(filepath, weights_only, storage_options)
+            _checkpoint_saved(trainer, os.fspath(filepath), bool(weights_only))
 
-    @functools.wraps(save)
-    def announced(filepath: Any, weights_only: Optional[bool] = None, storage_options: Optional[Any] = None) -> None:
-        save(filepath, weights_only, storage_options)
-        mine = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
-        path = os.fspath(filepath)
-        if trainer.is_global_zero and weights_only:
-            write_sidecar(path, {callback.state_key: callback.state_dict() for callback in mine})
-        if trainer.is_global_zero:
-            drop_orphans(os.path.dirname(path))
-        for callback in mine:
-            callback.checkpoint_saved(trainer, path)
+        trainer.save_checkpoint = announced
+    if not hasattr(remove, "__wrapped__"):
+        @functools.wraps(remove)
+        def removed(filepath: Any) -> None:
+            remove(filepath)
+            if trainer.is_global_zero:
+                remove_sidecar(filepath)
 
-    trainer.save_checkpoint = announced
+        trainer.strategy.remove_checkpoint = removed
+
+
+def _checkpoint_saved(trainer: Any, path: str, weights_only: bool) -> None:
+    mine = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+    if weights_only and trainer.is_global_zero:
+        if "://" in path:
+            logger.warning("%s holds weights only and lies on a remote file system, where no file can be put beside "
+                           "it: it cannot be exported. Save full checkpoints there", path)
+        else:
+            states = {callback.state_key: callback.state_dict() for callback in mine}
+            write_sidecar(path, states, trainer.global_step)
+    for callback in mine:
+        callback.checkpoint_saved(trainer, path)
 
 
 def example_from_batch(model: nn.Module, batch: Any) -> Any:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import Any, Dict, Mapping, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Union
 
 import torch
 
@@ -15,42 +15,66 @@ PathLike = Union[str, "os.PathLike[str]"]
 SIDECAR_SUFFIX = ".slimtrain"
 
 
-def write_sidecar(checkpoint: PathLike, states: Mapping[str, Any]) -> None:
+class Saved(NamedTuple):
+    """What a checkpoint holds of a compressed model."""
+
+    weights: Dict[str, Any]  #: the ``state_dict`` of the LightningModule
+    state: Dict[str, Any]    #: the state that the callback gave
+
+
+def write_sidecar(checkpoint: PathLike, states: Mapping[str, Any], global_step: int) -> None:
     """Write callback states beside a checkpoint; plain tensors and numbers, loadable with ``weights_only=True``."""
     buffer = io.BytesIO()
-    torch.save({"callbacks": dict(states)}, buffer)
+    torch.save({"callbacks": dict(states), "global_step": global_step}, buffer)
     write_whole(os.fspath(checkpoint) + SIDECAR_SUFFIX, buffer.getvalue())
 
 
-def drop_orphans(folder: PathLike) -> None:
-    """Remove sidecars whose checkpoint is gone (the Trainer keeps only the best few)."""
-    for name in os.listdir(folder or "."):
-        path = os.path.join(os.fspath(folder), name)
-        if name.endswith(SIDECAR_SUFFIX) and not os.path.exists(path[:-len(SIDECAR_SUFFIX)]):
-            os.remove(path)
+def remove_sidecar(checkpoint: PathLike) -> None:
+    """Remove what lies beside a checkpoint that is gone (the Trainer keeps only the best few)."""
+    path = os.fspath(checkpoint) + SIDECAR_SUFFIX
+    if os.path.exists(path):
+        os.remove(path)
 
 
-def read_state(checkpoint: PathLike, class_name: str) -> Dict[str, Any]:
-    """The state that a callback of the given class left in a checkpoint or its sidecar.
+def read_saved(checkpoint: PathLike, algorithm: str, module: Optional[str] = None) -> Saved:
+    """What a callback left in a Lightning checkpoint, or beside one that holds weights only.
+
+    Args:
+        checkpoint: the file that the Trainer wrote.
+        algorithm: class name of the object whose state is wanted, such as ``LSQQuantizer``.
+        module: dotted path of the compressed submodule, where the checkpoint holds the states of several.
 
     Raises:
-        SlimtrainError: neither file holds one, or it cannot be read.
+        SlimtrainError: there is no such state, or several; a file cannot be read, or belongs to another step.
     """
     path = os.fspath(checkpoint)
-    for source in (path + SIDECAR_SUFFIX, path):
-        if not os.path.exists(source):
-            continue
-        states = _load(source).get("callbacks", {})
-        mine = [state for key, state in states.items() if key == class_name or key.startswith(class_name + "{")]
-        if len(mine) == 1 and mine[0]:
-            return dict(mine[0])
-    raise SlimtrainError("neither %s nor %s%s holds the state of one %s: was the model trained with it?" % (
-        path, os.path.basename(path), SIDECAR_SUFFIX, class_name))
+    content = _load(path)
+    states = _states_of(content, algorithm, module)
+    if not states and os.path.exists(path + SIDECAR_SUFFIX):
+        sidecar = _load(path + SIDECAR_SUFFIX)
+        if sidecar.get("global_step") != content.get("global_step"):
+            raise SlimtrainError("%s%s was written at step %s and the checkpoint at step %s: they do not belong "
+                                 "together" % (path, SIDECAR_SUFFIX, sidecar.get("global_step"),
+                                               content.get("global_step")))
+        states = _states_of(sidecar, algorithm, module)
+    if len(states) != 1:
+        raise SlimtrainError("%s and its sidecar (%s) hold %s; expected the state of one %s" % (
+            path, SIDECAR_SUFFIX, "those of the modules %s" % ", ".join(repr(state["module"]) for state in states)
+            if states else "none", algorithm))
+    return Saved(content.get("state_dict", {}), states[0])
+
+
+def _states_of(content: Mapping[str, Any], algorithm: str, module: Optional[str]) -> List[Dict[str, Any]]:
+    states = [state for state in content.get("callbacks", {}).values() if isinstance(state, dict)]
+    return [state for state in states if state.get("algorithm") == algorithm and module in (None, state["module"])]
 
 
 def _load(path: str) -> Dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything from EOFError to RuntimeError for a damaged file
-        raise SlimtrainError("%s cannot be read as a checkpoint: %s" % (path, str(error).splitlines()[0])) from error
-    return content if isinstance(content, dict) else {}
+        reason = ("%s: %s" % (type(error).__name__, error)).splitlines()[0]
+        raise SlimtrainError("%s cannot be read as a checkpoint: %s" % (path, reason)) from error
+    if not isinstance(content, dict):
+        raise SlimtrainError("%s is no Lightning checkpoint: it holds a %s" % (path, type(content).__name__))
+    return content

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Collection, Optional, Union
+from typing import Any, Collection, Dict, Optional, Union
 
 from torch import nn
 
@@ -70,6 +70,9 @@ class LSQQuantizer(QATQuantizer):
         _mode(mode)
         if scale_lr_ratio <= 0:
             raise ValueError("scale_lr_ratio must be positive, got %r" % scale_lr_ratio)
+
+    def configuration(self) -> Dict[str, Any]:
+        return {**super().configuration(), "mode": self.mode.value}
 
     def starts_now(self) -> bool:
         return self.mode is Mode.OFFLINE or super().starts_now()

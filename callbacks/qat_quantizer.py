@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, List, Optional, Union
+from typing import Any, List, Mapping, Optional, Type, TypeVar, Union
 
 import onnx
 from torch import nn
 
+from slimtrain.callbacks.checkpoints import read_saved
 from slimtrain.callbacks.deployment import DeployedLayer, deployed_layers
 from slimtrain.callbacks.exporting import Deployed, Exported, deploy, named_inputs, write_files, write_params_only
+from slimtrain.callbacks.model_view import submodule
 from slimtrain.callbacks.onnx_export import export_float
 from slimtrain.callbacks.qdq import write_qdq
 from slimtrain.callbacks.quantizer import Quantizer, arguments
@@ -17,10 +19,44 @@ from slimtrain.callbacks.quantizer import Quantizer, arguments
 logger = logging.getLogger(__name__)
 
 PathLike = Union[str, "os.PathLike[str]"]
+Self = TypeVar("Self", bound="QATQuantizer")
 
 
 class QATQuantizer(Quantizer):
     """A quantizer for plain PyTorch loops; see :class:`slimtrain.callbacks.LSQQuantizer`."""
+
+    @classmethod
+    def from_state(cls: Type[Self], model: nn.Module, state: Mapping[str, Any]) -> Self:
+        """A converted quantizer of ``model`` as it was when :meth:`state_dict` gave ``state``.
+
+        Args:
+            model: has the weights of that moment.
+            state: of the same class.
+
+        Raises:
+            ValueError: the state is that of another model.
+        """
+        quantizer = cls(model, **state["configuration"])
+        quantizer.load_state_dict(state)
+        quantizer.convert()
+        return quantizer
+
+    @classmethod
+    def from_checkpoint(cls: Type[Self], model: nn.Module, path: PathLike, *, module: Optional[str] = None) -> Self:
+        """The quantizer that a Lightning checkpoint was written with; also of one that holds weights only.
+
+        Args:
+            model: the LightningModule that was trained; the weights of the checkpoint are loaded into it.
+            path: the checkpoint; its sidecar lies beside it where it holds weights only.
+            module: which quantized submodule, where there are several.
+
+        Raises:
+            SlimtrainError: the checkpoint cannot be read, or holds no state of such a quantizer.
+            RuntimeError: its weights are those of another model.
+        """
+        saved = read_saved(path, cls.__name__, module)
+        model.load_state_dict(saved.weights)
+        return cls.from_state(submodule(model, saved.state["module"]), saved.state)
 
     def convert(self) -> nn.Module:
         """Make the model compute as it will be deployed; returns the same object.

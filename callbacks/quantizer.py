@@ -62,7 +62,10 @@ class Quantizer:
         self.plan: Optional[Plan] = None
         self.calibrating = False
         self._choice = choose_layers(model, skip_quant_layers)
+        self._skip = tuple(skip_quant_layers)
         self._unsigned = unsigned_activations
+        self._retain_sparsity = retain_sparsity
+        self._scale_lr_ratio = scale_lr_ratio
         self._debug = debug_info
         self._tracker = Tracker(model, self.layers, Handler())
         self._handles: List[Any] = []
@@ -236,9 +239,19 @@ class Quantizer:
 
     # -- state
 
+    def configuration(self) -> Dict[str, Any]:
+        """Constructor arguments that make an equal quantizer of the same model; JSON-able."""
+        return {
+            "skip_quant_layers": list(self._skip), "weight_bits": self.bits.weight,
+            "activation_bits": self.bits.activation, "unsigned_activations": self._unsigned,
+            "retain_sparsity": self._retain_sparsity, "scale_lr_ratio": self._scale_lr_ratio,
+        }
+
     def state_dict(self) -> Dict[str, Any]:
-        """Scales and plan as plain tensors and strings."""
+        """Configuration, scales and plan as plain tensors, numbers and strings."""
         state: Dict[str, Any] = {
+            "algorithm": type(self).__name__,
+            "configuration": self.configuration(),
             "plan": json.dumps(self.plan.to_json(), sort_keys=True) if self.plan else "",
             "weight": {name: scales.weight.detach().clone() for name, scales in self.scales.items()},
             "activation": {name: scales.activation.detach().clone() for name, scales in self.scales.items()},
@@ -250,8 +263,12 @@ class Quantizer:
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of other layers.
+            ValueError: the state is that of other layers or bit widths.
         """
+        mine, saved = self.configuration(), state["configuration"]
+        for name in ("weight_bits", "activation_bits", "unsigned_activations"):
+            if saved[name] != mine[name]:
+                raise ValueError("the saved scales are for %s=%r, this quantizer has %r" % (name, saved[name], mine[name]))
         if set(state["weight"]) != set(self.scales):
             differing = sorted(set(state["weight"]) ^ set(self.scales))
             raise ValueError("the saved scales are of other layers than this model quantizes: %s" % ", ".join(differing))
