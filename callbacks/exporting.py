@@ -18,7 +18,15 @@ from slimtrain.callbacks.onnx_match import match_layers
 from slimtrain.callbacks.onnx_rewrite import conv_params
 from slimtrain.callbacks.operations import tensors_in
 from slimtrain.core import Coverage, replace_all, sqnr_db
-from slimtrain.proto import ConvertOptions, LayerParams, convert, quantize_algorithm, run_model, save_algorithm
+from slimtrain.proto import (
+    ConvertOptions,
+    LayerParams,
+    WeightOnlyParams,
+    convert,
+    quantize_algorithm,
+    run_model,
+    save_algorithm,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +41,7 @@ class Exported(NamedTuple):
 
 
 class Deployed(NamedTuple):
-    """An int8 model and what was measured on it."""
+    """A converted model and what was measured on it."""
 
     mnn: str
     coverage: Coverage     #: of the layers that the parameters ask for
@@ -50,7 +58,7 @@ def write_files(model: onnx.ModelProto, layers: Sequence[DeployedLayer], onnx_pa
     """
     rewritten = prepare(model, layers)
     replace_all([(onnx_path, rewritten.model.SerializeToString(deterministic=True)),
-                 (params_path, _params_file(rewritten.params, params_path, append))])
+                 (params_path, params_bytes(rewritten.params, params_path, append))])
     for change in rewritten.changes:
         logger.info("%s: %s", os.fspath(onnx_path), change)
 
@@ -70,7 +78,7 @@ def write_params_only(model: onnx.ModelProto, layers: Sequence[DeployedLayer], p
     return [match.layer.name for match in matches if match.node.op_type != "Conv"]
 
 
-def _params_file(params: Sequence[LayerParams], path: PathLike, append: bool) -> bytes:
+def params_bytes(params: Sequence[Union[LayerParams, WeightOnlyParams]], path: PathLike, append: bool) -> bytes:
     """The bytes that ``path`` shall hold, so that they can be written together with another file."""
     with tempfile.TemporaryDirectory(prefix="slimtrain-") as folder:
         draft = os.path.join(folder, os.path.basename(os.fspath(path)))
@@ -92,7 +100,7 @@ def deploy(exported: Exported, inputs: Mapping[str, np.ndarray], expected: Any, 
 
     Raises:
         ConversionError: MNN is not installed, or could not convert or run the model.
-        CoverageError: the converted model holds fewer int8 layers than the parameters ask for.
+        CoverageError: the converted model is compressed less than the parameters ask for.
     """
     target = os.path.splitext(exported.onnx)[0] + ".mnn"
     conversion = convert(exported.onnx, target, exported.params, options or ConvertOptions())
@@ -102,7 +110,8 @@ def deploy(exported: Exported, inputs: Mapping[str, np.ndarray], expected: Any, 
     measured = [outputs[name].reshape(value.shape) for name, value in zip(names, wanted)]
     reference = np.concatenate([value.ravel() for value in wanted])
     result = sqnr_db(reference, np.concatenate([value.astype(np.float64).ravel() for value in measured]))
-    return Deployed(target, conversion.coverage, result, conversion.bytes)
+    coverage = Coverage(conversion.coverage.layers + conversion.weight_only.layers)
+    return Deployed(target, coverage, result, conversion.bytes)
 
 
 def named_inputs(path: PathLike, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> "dict[str, np.ndarray]":

@@ -1,7 +1,7 @@
 """Which layers of a model can run in int8, and why the others cannot."""
 from __future__ import annotations
 
-from typing import Collection, Dict, List, NamedTuple
+from typing import Callable, Collection, Dict, List, NamedTuple, Optional
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -16,12 +16,14 @@ class LayerChoice(NamedTuple):
     left_float: Dict[str, str]       #: name -> reason
 
 
-def choose_layers(model: nn.Module, skip: Collection[str]) -> LayerChoice:
+def choose_layers(model: nn.Module, skip: Collection[str],
+                  reason_for: Optional[Callable[[nn.Module], str]] = None) -> LayerChoice:
     """Split the parameterised layers of a model into quantized and float ones.
 
     Args:
         model: the model.
         skip: names or patterns (``features.*``) of layers that the user wants to keep float.
+        reason_for: why a layer has to stay float, "" if it need not; :func:`why_float` when None.
 
     Raises:
         ValueError: an entry of ``skip`` names no layer; the model has no layer that can be quantized.
@@ -31,7 +33,7 @@ def choose_layers(model: nn.Module, skip: Collection[str]) -> LayerChoice:
     quantized: Dict[str, nn.Module] = {}
     left_float: Dict[str, str] = {}
     for name, module in weighted.items():
-        reason = "named in skip_quant_layers" if name in skipped else why_float(module)
+        reason = "named in skip_quant_layers" if name in skipped else (reason_for or why_float)(module)
         if reason:
             left_float[name] = reason
         else:
