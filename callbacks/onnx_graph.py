@@ -11,29 +11,41 @@ from onnx import numpy_helper
 class OnnxGraph:
     """An ONNX graph with its producers, consumers and constants at hand.
 
-    Edits are made on ``model`` in place; call :meth:`refresh` after structural ones.
+    ``nodes`` is a list of its own: what a protobuf list hands out does not survive changes of the list.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
+        self._model = model
         self._counter = 0
+        self.nodes: List[onnx.NodeProto] = list(onnx.ModelProto.FromString(model.SerializeToString()).graph.node)
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.outputs = {value.name for value in model.graph.output}
         self.refresh()
 
     def refresh(self) -> None:
-        """Index the graph anew."""
-        graph = self.model.graph
-        self.producer: Dict[str, onnx.NodeProto] = {name: node for node in graph.node for name in node.output}
+        """Index the nodes anew, after an edit."""
+        self.producer: Dict[str, onnx.NodeProto] = {name: node for node in self.nodes for name in node.output}
         self.consumers: Dict[str, List[onnx.NodeProto]] = {}
-        for node in graph.node:
+        for node in self.nodes:
             for name in node.input:
                 self.consumers.setdefault(name, []).append(node)
-        self.outputs = {value.name for value in graph.output}
-        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+
+    def model(self) -> onnx.ModelProto:
+        """The edited model, without constants that nothing reads."""
+        used = {name for node in self.nodes for name in node.input} | self.outputs
+        result = onnx.ModelProto()
+        result.CopyFrom(self._model)
+        del result.graph.node[:]
+        del result.graph.initializer[:]
+        del result.graph.value_info[:]
+        result.graph.node.extend(self.nodes)
+        result.graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
+        return result
 
     @property
     def opset(self) -> int:
         """Version of the standard operator set."""
-        return max(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
+        return max(entry.version for entry in self._model.opset_import if entry.domain in ("", "ai.onnx"))
 
     def constant(self, name: str) -> Optional[np.ndarray]:
         """The value of a constant tensor, seen through Identity and Transpose; None for anything computed."""
@@ -60,9 +72,7 @@ class OnnxGraph:
     def add_constant(self, value: np.ndarray, hint: str) -> str:
         """Store a constant under a new name."""
         name = self.new_name(hint)
-        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
-        self.model.graph.initializer.append(tensor)
-        self.initializers[name] = tensor
+        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
     def new_name(self, hint: str) -> str:
@@ -75,24 +85,14 @@ class OnnxGraph:
 
     def replace(self, old: Sequence[onnx.NodeProto], new: Sequence[onnx.NodeProto]) -> None:
         """Put ``new`` where the last of ``old`` stood."""
-        nodes = list(self.model.graph.node)
-        position = max(index for index, node in enumerate(nodes) if any(node is gone for gone in old))
-        kept = [node for node in nodes[:position + 1] if not any(node is gone for gone in old)]
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(kept + list(new) + nodes[position + 1:])
-        self.refresh()
-
-    def drop_unused_constants(self) -> None:
-        """Forget initializers that nothing reads any more."""
-        used = {name for node in self.model.graph.node for name in node.input} | self.outputs
-        kept = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
-        del self.model.graph.initializer[:]
-        self.model.graph.initializer.extend(kept)
+        last = max(index for index, node in enumerate(self.nodes) if any(node is gone for gone in old))
+        kept = [node for node in self.nodes[:last + 1] if not any(node is gone for gone in old)]
+        self.nodes = kept + list(new) + self.nodes[last + 1:]
         self.refresh()
 
     def shapes(self) -> Dict[str, List[Optional[int]]]:
         """Inferred shapes, None for dimensions that are not fixed."""
-        inferred = onnx.shape_inference.infer_shapes(self.model)
+        inferred = onnx.shape_inference.infer_shapes(self.model())
         values = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
         return {value.name: [dim.dim_value if dim.HasField("dim_value") else None
                              for dim in value.type.tensor_type.shape.dim] for value in values}

@@ -42,7 +42,7 @@ def match_layers(graph: OnnxGraph, layers: Sequence[DeployedLayer]) -> List[Matc
     Raises:
         SlimtrainError: a layer's weights are not in the file: it was exported from other weights.
     """
-    free = [node for node in graph.model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    free = [node for node in graph.nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
     matches = []
     for layer in layers:
         match = next((found for found in (_match(graph, layer, node) for node in free) if found is not None), None)

@@ -31,7 +31,7 @@ class Rewritten(NamedTuple):
 
 
 def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid: bool = True) -> Rewritten:
-    """Rewrite a copy of ``model``.
+    """Rewrite a model; ``model`` itself is left as it is.
 
     Args:
         model: the exported float model.
@@ -41,21 +41,19 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid:
     Raises:
         SlimtrainError: a layer cannot be found, or the file's structure is not that of the recorded model.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    graph = OnnxGraph(copy)
+    graph = OnnxGraph(model)
     changes: List[str] = []
     names = []
     for match in match_layers(graph, layers):
         write = _write_conv if match.node.op_type == "Conv" else _write_linear
         names.append(write(graph, match, on_grid, changes))
-    for node in list(copy.graph.node):
+    for node in list(graph.nodes):
         if node.op_type in _POOLS:
             _POOLS[node.op_type](graph, node, changes)
-    graph.drop_unused_constants()
-    onnx.checker.check_model(copy)
+    rewritten = graph.model()
+    onnx.checker.check_model(rewritten)
     params = [entry for layer, name in zip(layers, names) for entry in conv_params(graph, layer, name)]
-    return Rewritten(copy, tuple(params), tuple(changes))
+    return Rewritten(rewritten, tuple(params), tuple(changes))
 
 
 # -- layers

@@ -40,8 +40,7 @@ def write_qdq(source: PathLike, layers: Sequence[DeployedLayer], target: PathLik
     Raises:
         ValueError: the operator set of ``source`` is older than 13.
     """
-    model = onnx.load(os.fspath(source))
-    graph = OnnxGraph(model)
+    graph = OnnxGraph(onnx.load(os.fspath(source)))
     if graph.opset < _SMALLEST_OPSET:
         raise ValueError("a quantized ONNX file needs opset %d or later, %s has %d" % (
             _SMALLEST_OPSET, os.fspath(source), graph.opset))
@@ -53,7 +52,7 @@ def write_qdq(source: PathLike, layers: Sequence[DeployedLayer], target: PathLik
         steps[fused_output(graph, node.output[0])] = _Step(layer.output_scale, layer.output_grid)
     for name, step in steps.items():
         _quantize_tensor(graph, name, step)
-    graph.drop_unused_constants()
+    model = graph.model()
     onnx.checker.check_model(model)
     write_whole(target, model.SerializeToString(deterministic=True))
 
@@ -68,7 +67,7 @@ def _dequantize_weight(graph: OnnxGraph, layer: DeployedLayer, node: onnx.NodePr
     output = graph.new_name(layer.name + "/weight")
     made = helper.make_node("DequantizeLinear", names, [output], axis=0)
     node.input[1] = output
-    graph.model.graph.node.insert(0, made)
+    graph.nodes.insert(0, made)
     graph.refresh()
 
 
@@ -90,9 +89,8 @@ def _quantize_tensor(graph: OnnxGraph, name: str, step: _Step) -> None:
     middle = graph.new_name(name + "/levels")
     nodes += [helper.make_node("QuantizeLinear", [quantized, scale, zero], [middle]),
               helper.make_node("DequantizeLinear", [middle, scale, zero], [after])]
-    position = next((index + 1 for index, node in enumerate(graph.model.graph.node) if before in node.output), 0)
-    for node in reversed(nodes):
-        graph.model.graph.node.insert(position, node)
+    position = next((index + 1 for index, node in enumerate(graph.nodes) if before in node.output), 0)
+    graph.nodes[position:position] = nodes
     graph.refresh()
 
 
