@@ -33,6 +33,7 @@ class ChannelClasses(NamedTuple):
     """The finished graph; classes are numbered from 0."""
 
     layers: Dict[str, LayerChannels]
+    vectors: Dict[str, np.ndarray]    #: norm or activation with one parameter per channel -> class of each
     groups: Tuple[ChannelGroup, ...]  #: the removable classes
     fixed: Dict[str, str]             #: layer -> why none, or not all, of its channels can be removed
     size: int                         #: number of classes
@@ -53,6 +54,7 @@ class ChannelGraph:
         self._parent: List[int] = []
         self._reasons: Dict[int, str] = {}
         self._layers: Dict[str, LayerChannels] = {}
+        self._vectors: Dict[str, np.ndarray] = {}
 
     def new(self, count: int) -> np.ndarray:
         """Numbers for ``count`` new channels."""
@@ -75,6 +77,10 @@ class ChannelGraph:
         self.fix(np.concatenate([known.columns[one_sided], columns[one_sided]]), "is read together with fixed channels")
         self.join(known.columns, columns)
 
+    def add_vector(self, name: str, channels: np.ndarray) -> None:
+        """Record parameters that a norm or an activation has for each channel."""
+        self.join(self._vectors.setdefault(name, channels), channels)
+
     def join(self, first: np.ndarray, second: np.ndarray) -> None:
         """Channels at equal positions become one class; -1 stands for no channel."""
         pairs = np.stack([first.ravel(), second.ravel()], axis=1)
@@ -89,6 +95,16 @@ class ChannelGraph:
         for channel in np.unique(channels[channels >= 0]).tolist():
             self._reasons.setdefault(channel, reason)
 
+    def couple(self, table: np.ndarray) -> None:
+        """All rows of a table lose the same columns."""
+        for row in table[1:]:
+            self.join(table[0], row)
+        self.fix(table[:, (table < 0).any(axis=0)], "they go together with channels that stay")
+
+    def roots(self, channels: np.ndarray) -> List[int]:
+        """One number for each class that occurs among the channels, in order."""
+        return sorted({self._root(channel) for channel in np.unique(channels[channels >= 0]).tolist()})
+
     def finish(self) -> ChannelClasses:
         """Number the classes and find those that can be removed."""
         roots = np.array([self._root(channel) for channel in range(len(self._parent))], dtype=int)
@@ -102,7 +118,8 @@ class ChannelGraph:
             found = [reasons[row] for row in layer.rows.tolist() if row in reasons]
             if found:
                 fixed[name] = found[0] if len(found) == layer.rows.size else "in part: " + found[0]
-        return ChannelClasses(layers, _groups(layers, set(reasons)), fixed, len(unique))
+        vectors = {name: numbers[channels] for name, channels in self._vectors.items()}
+        return ChannelClasses(layers, vectors, _groups(layers, set(reasons)), fixed, len(unique))
 
     def _root(self, channel: int) -> int:
         while self._parent[channel] != channel:

@@ -25,8 +25,9 @@ def global_keep(scores: Mapping[str, np.ndarray], sparsity: float, block: int = 
                 alive: Optional[Mapping[str, np.ndarray]] = None) -> Dict[str, np.ndarray]:
     """Keep the most important weights of all layers together.
 
-    Each layer's scores are divided by their mean first: gradients differ by orders of magnitude between layers, and
-    without it one layer would be emptied before another loses anything.
+    Each layer's scores are divided by their Euclidean norm first. Gradients differ by orders of magnitude between
+    layers, and without it one layer would be emptied before another loses anything; and with the mean in its place
+    a small layer, where each weight matters more, would lose as large a share as a large one.
 
     Args:
         scores: layer -> non-negative float array [out_channels, ...].
@@ -77,10 +78,11 @@ class _Units(NamedTuple):
 def _units(name: str, score: np.ndarray, block: int, alive: Optional[Mapping[str, np.ndarray]]) -> _Units:
     if score.ndim < 1 or score.size == 0:
         raise ValueError("layer %r has no weights to rank: shape %s" % (name, score.shape))
-    mean = float(np.mean(score, dtype=np.float64))
-    if not np.isfinite(mean) or score.min() < 0:
+    largest = float(score.max())
+    if not np.isfinite(largest) or not score.min() >= 0:
         raise ValueError("layer %r: scores must be finite and not negative" % name)
-    values = np.asarray(score, dtype=np.float32) * np.float32(1.0 / mean if mean else 1.0)
+    values = np.asarray(score, dtype=np.float32) / np.float32(largest or 1.0)  # whose squares do not underflow
+    values /= np.sqrt(np.dot(values.ravel(), values.ravel())) or np.float32(1.0)
     if alive is not None:
         values = np.where(alive[name], values, _DEAD)
     starts = np.arange(0, len(score), block)

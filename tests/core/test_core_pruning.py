@@ -47,7 +47,7 @@ def naive_keep(scores, sparsity, block, max_prune_ratio):
     """Sort all units of all layers, remove from the bottom, skip what a full layer must not lose."""
     order, room = [], {}
     for name, score in scores.items():
-        units = naive_units(score / np.float32(score.mean(dtype=np.float64)), block)
+        units = naive_units(score / np.sqrt((score.astype(np.float64) ** 2).sum()), block)
         room[name] = int(max_prune_ratio * len(units) + 1e-6)
         order += [(value, name, places) for value, places in units]
     order.sort(key=lambda unit: unit[0])
