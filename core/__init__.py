@@ -14,6 +14,7 @@ from slimtrain.core.chain import (
     merge_chain,
 )
 from slimtrain.core.channel_choice import ChannelChoice, choose_channels
+from slimtrain.core.channel_plan import ChannelPlan, LayerPlan, channel_plan, plan_keeps
 from slimtrain.core.channels import ChannelClasses, ChannelGraph, ChannelGroup, LayerChannels
 from slimtrain.core.coverage import Coverage, LayerCoverage, LayerState
 from slimtrain.core.decompose import (
@@ -42,7 +43,21 @@ from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
 from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, Quantizer, Role, place
 from slimtrain.core.prune_ratios import OVERALL, read_prune_ratios, write_prune_ratios
+from slimtrain.core.rank_budget import BudgetRanks, Cost
 from slimtrain.core.ranking import global_keep, layer_keep, sparsity_of
+from slimtrain.core.ranks import (
+    Alignment,
+    EnergyRanks,
+    EvbmfRanks,
+    ExplicitRanks,
+    Kernel,
+    LayerPlan,
+    PerFactorization,
+    RankRule,
+    SingularValueRanks,
+    plan_layers,
+    toolbox_rule,
+)
 from slimtrain.core.scales import SMALLEST_SCALE, lsq_scale, max_abs_scale, mse_scale
 from slimtrain.core.schedule import PruningSchedule, Ramp, schedule_between, step_of
 from slimtrain.core.selection import select
@@ -65,6 +80,7 @@ from slimtrain.core.simulator import (
 )
 from slimtrain.core.vbmf import Evbmf, evbmf
 from slimtrain.core.weight_only import (
+    SMALLEST_STORED_SCALE,
     StoredWeight,
     WeightMode,
     largest_level,
@@ -75,34 +91,47 @@ from slimtrain.core.weight_only import (
 __all__ = [
     "Activation",
     "Affine",
+    "Alignment",
     "Analysis",
+    "BudgetRanks",
     "Chain",
     "ChannelChoice",
     "ChannelClasses",
     "ChannelGraph",
     "ChannelGroup",
+    "ChannelPlan",
     "ConversionError",
+    "Cost",
     "Coverage",
     "CoverageError",
+    "EnergyRanks",
     "Evbmf",
+    "EvbmfRanks",
+    "ExplicitRanks",
     "Factorization",
     "Grid",
     "IntegerConv",
+    "Kernel",
     "LayerCall",
     "LayerChannels",
     "LayerCoverage",
+    "LayerPlan",
     "LayerState",
     "OVERALL",
     "Op",
     "OpKind",
     "ParameterFileError",
+    "PerFactorization",
     "Placement",
     "PruningSchedule",
     "Quantizer",
     "Ramp",
+    "RankRule",
     "Role",
     "SMALLEST_SCALE",
+    "SMALLEST_STORED_SCALE",
     "Sensitivity",
+    "SingularValueRanks",
     "SlimtrainError",
     "Spectrum",
     "StoredWeight",
@@ -118,6 +147,7 @@ __all__ = [
     "chain_multiply_adds",
     "chain_parameters",
     "chain_shapes",
+    "channel_plan",
     "choose_channels",
     "compose_chain",
     "dequantize",
@@ -142,6 +172,8 @@ __all__ = [
     "mse_scale",
     "natural_factorization",
     "place",
+    "plan_keeps",
+    "plan_layers",
     "quantize",
     "read_prune_ratios",
     "replace_all",
@@ -156,6 +188,7 @@ __all__ = [
     "sqnr_db",
     "step_of",
     "stored_weight",
+    "toolbox_rule",
     "truncate_weight",
     "usable_block",
     "weight_grid",
