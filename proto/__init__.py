@@ -6,6 +6,7 @@ from slimtrain.proto.converter import Conversion, convert
 from slimtrain.proto.layers import LayerParams, QuantMethod, WeightOnlyParams
 from slimtrain.proto.mnnfile import MnnLayer, MnnModel, inspect_model
 from slimtrain.proto.options import ConvertOptions
+from slimtrain.proto.parameterless import save_parameterless
 from slimtrain.proto.params import (
     params_from_json,
     params_to_json,
@@ -42,6 +43,7 @@ __all__ = [
     "read_params",
     "run_model",
     "save_algorithm",
+    "save_parameterless",
     "save_simulation",
     "verify",
     "write_params",

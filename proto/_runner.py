@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List
 
 import MNN
 import numpy as np
@@ -31,13 +31,17 @@ def main(model: str, folder: str, repeats: int, warm_up: int) -> None:
         inputs = {name: arrays[str(index)] for index, name in enumerate(names)}
     interpreter = MNN.Interpreter(model)
     session = interpreter.createSession({"backend": "CPU", "numThread": 1})
-    inputs = _matched(inputs, list(interpreter.getSessionInputAll(session)))
+    tensors = interpreter.getSessionInputAll(session)
+    layout = _layout(tensors.values())
+    inputs = _matched(inputs, list(tensors))
     for name, array in inputs.items():
-        interpreter.resizeTensor(interpreter.getSessionInput(session, name), array.shape)
+        interpreter.resizeTensor(tensors[name], array.shape)
     interpreter.resizeSession(session)
-    _run(interpreter, session, inputs)
-    outputs = {name: _read(tensor) for name, tensor in interpreter.getSessionOutputAll(session).items()}
-    seconds = [_run(interpreter, session, inputs) for _ in range(warm_up + repeats)][warm_up:]
+    _run(interpreter, session, inputs, layout)
+    outputs = {
+        name: _read(tensor, layout) for name, tensor in interpreter.getSessionOutputAll(session).items()
+    }
+    seconds = [_run(interpreter, session, inputs, layout) for _ in range(warm_up + repeats)][warm_up:]
     numbered = {str(index): array for index, array in enumerate(outputs.values())}
     np.savez(os.path.join(folder, "outputs.npz"), **numbered)
     with open(os.path.join(folder, "result.json"), "w", encoding="utf-8") as file:
@@ -52,20 +56,22 @@ def _matched(inputs: Dict[str, Any], wanted: List[str]) -> Dict[str, Any]:
     return inputs
 
 
-def _layout(tensor: Any) -> Any:
-    """The model's own layout, channels first or last; never the packed one that MNN may keep inside."""
-    if tensor.getDimensionType() == MNN.Tensor_DimensionType_Tensorflow:
-        return MNN.Tensor_DimensionType_Tensorflow
-    return MNN.Tensor_DimensionType_Caffe
+def _layout(inputs: Iterable[Any]) -> Any:
+    """Channels first or last, as the model was before conversion.
+
+    The outputs do not tell: a convolution at the end of a channels-last model leaves its own layout behind.
+    """
+    last = MNN.Tensor_DimensionType_Tensorflow
+    is_last = all(tensor.getDimensionType() == last for tensor in inputs)
+    return last if is_last else MNN.Tensor_DimensionType_Caffe
 
 
-def _run(interpreter: Any, session: Any, inputs: Dict[str, Any]) -> float:
+def _run(interpreter: Any, session: Any, inputs: Dict[str, Any], layout: Any) -> float:
     """Seconds of one inference. Inputs are written each time: a run may reuse their memory."""
     for name, array in inputs.items():
-        tensor = interpreter.getSessionInput(session, name)
         # As bytes: a wheel built for another numpy takes no arrays.
-        data = (array.shape, _HALIDE_TYPES[array.dtype.name], array.tobytes(), _layout(tensor))
-        tensor.copyFrom(MNN.Tensor(*data))
+        host = MNN.Tensor(array.shape, _HALIDE_TYPES[array.dtype.name], array.tobytes(), layout)
+        interpreter.getSessionInput(session, name).copyFrom(host)
     begin = time.perf_counter()
     status = interpreter.runSession(session)
     seconds = time.perf_counter() - begin
@@ -74,13 +80,13 @@ def _run(interpreter: Any, session: Any, inputs: Dict[str, Any]) -> float:
     return seconds
 
 
-def _read(tensor: Any) -> Any:
+def _read(tensor: Any, layout: Any) -> Any:
     names = [name for name, kind in _HALIDE_TYPES.items() if kind == tensor.getDataType()]
     if not names:
         sys.exit("an output is neither float32, int32, int64 nor uint8")
-    host = MNN.Tensor(tensor, _layout(tensor))
+    host = MNN.Tensor(tensor, layout)
     tensor.copyToHostTensor(host)
-    return np.array(host.getData(), dtype=names[0]).reshape(tensor.getShape())
+    return np.array(host.getData(), dtype=names[0]).reshape(host.getShape())
 
 
 if __name__ == "__main__":

@@ -69,8 +69,7 @@ def load_simulation(path: PathLike) -> Simulation:
 
 
 def load_inputs(path: PathLike) -> Union[np.ndarray, Arrays]:
-    """Inputs by name from an .npz; an array saved without a name comes back alone, for a model with one
-    input.
+    """Inputs by name from an .npz; an array saved without a name comes back alone, for a model with one input.
 
     Raises:
         ConversionError: no such file, or no .npz of plain arrays.

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Match, NamedTuple, Optional, Tuple, Union
 
 from slimtrain.core import ConversionError, LayerState
 from slimtrain.proto.process import quote, require_mnn, run_child
@@ -25,8 +25,8 @@ CONVERTER_CODE = "import sys, _tools; _tools.mnnconvert(sys.argv[1:])"
 
 _LONG_ARRAY = re.compile(r'"(weight|bias|buffer|alpha|index|float32s|int8s|uint8s|int32s)": \n$')
 # Strings come first, so that a tensor called "nan" keeps its name.
-_STRING_OR_NOT_FINITE = re.compile(r'"(?:[^"\\]|\\.)*"|(-?)\b(nan|inf)\b')
-_JSON_SPELLING = {"nan": "NaN", "inf": "Infinity"}
+_STRING_OR_NOT_FINITE = re.compile(r'"(?:[^"\\]|\\.)*"|-?\b(?:nan|inf)\b')
+_JSON_SPELLING = {"nan": "NaN", "-nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 _CONVOLUTIONS = ("Convolution", "ConvolutionDepthwise", "Deconvolution", "DeconvolutionDepthwise")
 _PRODUCTS = ("MatMul", "BatchMatMul")
@@ -116,9 +116,8 @@ def _without_numbers(lines: Iterable[str]) -> Iterator[str]:
         is_array = _LONG_ARRAY.search(line) is not None
 
 
-def _spell(match: Any) -> str:
-    sign, word = match.groups()
-    return sign + _JSON_SPELLING[word] if word else str(match.group(0))
+def _spell(match: Match[str]) -> str:
+    return _JSON_SPELLING.get(match.group(0), match.group(0))
 
 
 def _graphs(net: Node) -> Iterator[Tuple[List[Node], List[str], List[Node]]]:

@@ -57,17 +57,18 @@ def parse_params(data: bytes, source: str = "parameters") -> Message:
         raise ParameterFileError(f"{source}: the parameter file is empty")
     pipeline = Pipeline()
     try:
-        pipeline.ParseFromString(data)
-        version = pipeline.version if pipeline.HasField("version") else ""
+        # Stray groups end a parse early, on some runtimes with no more than a warning.
+        if pipeline.ParseFromString(data) != len(data):
+            raise ValueError("there is more than a message")
         _require_text(pipeline)
-    except (DecodeError, ValueError) as error:
+    except (DecodeError, RuntimeWarning, ValueError) as error:
         raise ParameterFileError(
             f"{source}: not a compression parameter file, or a truncated one ({len(data)} bytes): {error}"
         ) from error
-    if not _VERSION_FORM.fullmatch(version):
-        raise ParameterFileError(
-            f"{source}: not a compression parameter file: no version in {len(data)} bytes"
-        )
+    missing = pipeline.FindInitializationErrors()
+    if missing or not _VERSION_FORM.fullmatch(pipeline.version):
+        reason = f"required fields are missing: {', '.join(missing[:3])}" if missing else "no version in it"
+        raise ParameterFileError(f"{source}: not a compression parameter file ({len(data)} bytes): {reason}")
     return pipeline
 
 
