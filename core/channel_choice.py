@@ -5,7 +5,7 @@ the channels: the number of channels is found by bisection on the exact weight c
 """
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -20,7 +20,8 @@ class ChannelChoice(NamedTuple):
 
 
 def choose_channels(classes: ChannelClasses, scores: np.ndarray, sparsity: float, align: int = 1,
-                    max_prune_ratio: float = 1.0, alive: Optional[np.ndarray] = None) -> ChannelChoice:
+                    max_prune_ratio: float = 1.0, alive: Optional[np.ndarray] = None,
+                    shares: Optional[Mapping[str, float]] = None) -> ChannelChoice:
     """Keep the most important channels.
 
     The scores of a group are divided by their mean. No group loses more than leaves it half of the channels that it
@@ -34,13 +35,14 @@ def choose_channels(classes: ChannelClasses, scores: np.ndarray, sparsity: float
         align: a group keeps a multiple of this many channels (or all).
         max_prune_ratio: no group loses a larger share of its channels; in (0, 1].
         alive: bool per class; what is False there is removed whatever its score.
+        shares: layer -> share of its channels to remove, whatever the others lose; holds for all layers of its group.
 
     Raises:
         ValueError: arguments out of range; no channel of the network can be removed.
     """
     _check(classes, scores, sparsity, align, max_prune_ratio)
     keys = np.full(classes.size, np.inf)
-    shares = np.full(classes.size, np.inf)
+    ranks = np.full(classes.size, np.inf)
     for group in classes.groups:
         values = scores[group.classes].astype(np.float64)
         values = values / (values.mean() or 1.0)
@@ -48,43 +50,49 @@ def choose_channels(classes: ChannelClasses, scores: np.ndarray, sparsity: float
             values = np.where(alive[group.classes], values, -1.0)
         keys[group.classes] = values
         order = np.argsort(values, kind="stable")
-        shares[group.classes[order]] = (np.arange(values.size) + 1.0) / values.size
-    even = _cut(classes, shares, sparsity, align, np.full(len(classes.groups), max_prune_ratio))
-    lost = np.array([1.0 - keep_share for keep_share in _kept_shares(classes, even)])
-    limits = np.minimum(max_prune_ratio, (1.0 + lost) / 2.0)
-    keep = _cut(classes, keys, sparsity, align, limits)
+        ranks[group.classes[order]] = (np.arange(values.size) + 1.0) / values.size
+    given = [next((share for name, share in (shares or {}).items() if name in group.layers), None)
+             for group in classes.groups]
+    even = _cut(classes, ranks, sparsity, [_Rule(align, max_prune_ratio, share) for share in given])
+    limits = [min(max_prune_ratio, 1.0 - float(np.mean(even[group.classes])) / 2.0) for group in classes.groups]
+    keep = _cut(classes, keys, sparsity, [_Rule(align, limit, share) for limit, share in zip(limits, given)])
     return ChannelChoice(keep, 1.0 - classes.weights(keep) / _all(classes))
 
 
-def _cut(classes: ChannelClasses, keys: np.ndarray, sparsity: float, align: int, limits: np.ndarray) -> np.ndarray:
+class _Rule(NamedTuple):
+    """How many channels a group may lose."""
+
+    align: int
+    limit: float
+    share: Optional[float]
+
+    def kept(self, wanted: int, size: int) -> int:
+        if self.share is not None:
+            wanted = size - int(round(self.share * size))
+        least = max(1, int(np.ceil((1.0 - self.limit) * size - 1e-9)))
+        return min(-(-max(wanted, least) // self.align) * self.align, size)
+
+
+def _cut(classes: ChannelClasses, keys: np.ndarray, sparsity: float, rules: Sequence[_Rule]) -> np.ndarray:
     """Remove the lowest keys until the weights that are left come nearest to the request."""
     wanted = (1.0 - sparsity) * _all(classes)
-    candidates = np.unique(keys[np.isfinite(keys)])
-    low, high = 0, len(candidates)  # number of distinct keys removed
+    thresholds = np.concatenate([[-np.inf], np.unique(keys[np.isfinite(keys)])])
+    low, high = 0, len(thresholds) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        enough = classes.weights(_keep_above(classes, keys, candidates[middle - 1], align, limits)) <= wanted
+        enough = classes.weights(_keep_above(classes, keys, thresholds[middle], rules)) <= wanted
         low, high = (low, middle) if enough else (middle, high)
-    options = [np.ones(classes.size, dtype=bool)] if low == 0 else []
-    options += [_keep_above(classes, keys, candidates[index - 1], align, limits)
-                for index in (low, high) if index > 0]
+    options = [_keep_above(classes, keys, thresholds[index], rules) for index in (low, high)]
     return min(options, key=lambda keep: abs(classes.weights(keep) - wanted))
 
 
-def _keep_above(classes: ChannelClasses, keys: np.ndarray, threshold: float, align: int,
-                limits: np.ndarray) -> np.ndarray:
+def _keep_above(classes: ChannelClasses, keys: np.ndarray, threshold: float, rules: Sequence[_Rule]) -> np.ndarray:
     keep = np.ones(classes.size, dtype=bool)
-    for group, limit in zip(classes.groups, limits):
+    for group, rule in zip(classes.groups, rules):
         values = keys[group.classes]
-        kept = int(np.count_nonzero(values > threshold))
-        least = max(1, int(np.ceil((1.0 - limit) * values.size - 1e-9)))
-        kept = min(-(-max(kept, least) // align) * align, values.size)
+        kept = rule.kept(int(np.count_nonzero(values > threshold)), values.size)
         keep[group.classes[np.argsort(values, kind="stable")[:values.size - kept]]] = False
     return keep
-
-
-def _kept_shares(classes: ChannelClasses, keep: np.ndarray) -> List[float]:
-    return [float(np.mean(keep[group.classes])) for group in classes.groups]
 
 
 def _all(classes: ChannelClasses) -> int:

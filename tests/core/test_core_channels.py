@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimtrain.core import ChannelGraph, choose_channels
+from slimtrain.core import ChannelGraph, ChannelPlan, channel_plan, choose_channels, plan_keeps
 
 NONE = np.array([-1, -1, -1])
 
@@ -146,3 +146,37 @@ def test_a_network_without_removable_channels_says_why():
     classes = chain([4])
     with pytest.raises(ValueError, match="conv0: leaves the network"):
         choose_channels(classes, np.ones(classes.size), 0.5)
+
+
+def test_a_given_share_holds_for_its_group_whatever_the_scores():
+    classes = residual()
+    keep = choose_channels(classes, np.random.RandomState(6).rand(classes.size), 0.3, shares={"branch": 0.75}).keep
+    assert {group.layers: int(keep[group.classes].sum()) for group in classes.groups}[("stem", "branch")] == 2
+    keep = choose_channels(classes, np.random.RandomState(6).rand(classes.size), 0.3,
+                           shares={"stem": 0.5, "inner": 0.0}).keep
+    assert [int(keep[group.classes].sum()) for group in classes.groups] == [4, 6]
+
+
+def test_a_plan_names_what_is_left_and_survives_being_written():
+    classes = residual()
+    keep = choose_channels(classes, np.random.RandomState(7).rand(classes.size), 0.5).keep
+    plan = channel_plan(classes, keep)
+    assert ChannelPlan.from_json(plan.to_json()) == plan
+    sizes = {name: len(layer.rows) * len(layer.columns) for name, layer in plan.layers.items()}
+    kernels = {name: layer.kernel for name, layer in classes.layers.items()}
+    assert sum(sizes[name] * kernels[name] for name in sizes) == classes.weights(keep)
+    for name, pairs in plan_keeps(classes, keep).items():
+        assert pairs.sum() == sizes[name]
+    for text in ("[]", "{", '{"format": "other"}', '{"format": "slimtrain channels 1", "layers": {"a": {}}}'):
+        with pytest.raises(ValueError, match="channel plan"):
+            ChannelPlan.from_json(text)
+
+
+def test_coupled_rows_of_a_table_lose_the_same_columns():
+    graph = ChannelGraph()
+    rows = graph.new(8)
+    graph.add_layer("grouped", rows, NONE, 1)
+    graph.couple(rows.reshape(2, 4))
+    classes = graph.finish()
+    assert classes.groups[0].classes.size == 4
+    np.testing.assert_array_equal(classes.layers["grouped"].rows[:4], classes.layers["grouped"].rows[4:])
