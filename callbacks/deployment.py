@@ -1,18 +1,35 @@
-"""What of a trained layer goes to the device: integers, folded scales and biases, computed in float64."""
+"""What of a trained layer goes to the device: integers, folded scales and biases.
+
+The same values serve the export and the exact simulation of the device, so that there is one source of both.
+"""
 from __future__ import annotations
 
-from typing import List, Mapping, NamedTuple, Optional
+from typing import List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.fake_quant import integer_levels
 from slimtrain.callbacks.layer_scales import LayerScales
+from slimtrain.callbacks.layers import is_depthwise
 from slimtrain.callbacks.recording import Plan, PlannedCall
-from slimtrain.callbacks.simulation import is_depthwise
-from slimtrain.core import SMALLEST_SCALE, Grid, Role, capped_grid, fold_factor, quantize, round_half_away
+from slimtrain.core import SMALLEST_SCALE, Grid, Role, quantize
 
 # below this MNN's depthwise kernel computes with 1e-6 instead
 _SMALLEST_DEPTHWISE_SCALE = 2e-6
+
+
+class IntegerLayer(NamedTuple):
+    """A layer with everything folded into integers and per-channel vectors, on the layer's device."""
+
+    levels: Tensor          #: float32 with integer values, [O, I / groups, ...]
+    weight_scales: Tensor   #: float32 [O], positive
+    bias: Tensor            #: float32 [O]; of a depthwise layer in whole accumulator units
+    float_bias: Tensor      #: float64 [O], before that
+    factor: Tensor          #: float64 [O], by which the folded batch norm multiplies; ones without one
+    input_scale: Tensor     #: float32 scalar
+    output_scale: Tensor    #: float32 scalar
 
 
 class DeployedLayer(NamedTuple):
@@ -28,6 +45,7 @@ class DeployedLayer(NamedTuple):
     folds_batch_norm: bool
     activation: str              #: "relu", "relu6" or ""
     groups: int
+    call: PlannedCall
     input_scale: float
     output_scale: float
     input_grid: Grid
@@ -37,76 +55,82 @@ class DeployedLayer(NamedTuple):
     @property
     def weight(self) -> np.ndarray:
         """Float32 weights on the grid, [O, I / groups, ...]."""
-        return self.levels.astype(np.float32) * _columns(self.weight_scales, self.levels)
+        return self.levels.astype(np.float32) * self.weight_scales.reshape((-1,) + (1,) * (self.levels.ndim - 1))
 
 
 def deployed_layers(model: nn.Module, plan: Plan, scales: Mapping[str, LayerScales]) -> List[DeployedLayer]:
     """Every use of a quantized layer of a model, in execution order."""
     modules = dict(model.named_modules())
-    return [_deploy(call, modules, scales, call.pooled and call.input not in plan.non_negative) for call in plan.calls]
+    return [_deployed(call, modules, scales) for call in plan.calls]
 
 
-def _deploy(call: PlannedCall, modules: Mapping[str, nn.Module], all_scales: Mapping[str, LayerScales],
-            signed_pool: bool) -> DeployedLayer:
-    layer, scales = modules[call.layer], all_scales[call.layer]
-    weight = _array(layer.weight) if scales.keep is None else _array(layer.weight * scales.keep)
-    scale = _array(scales.weight_scale())
-    factor, shift = _affine(modules[call.batch_norm] if call.batch_norm else None, len(weight))
-    # float32, as training computes the levels; the fold is computed in float64
-    levels = quantize(weight.astype(np.float32), scale.astype(np.float32), scales.weight_grid, axis=0)
-    levels = levels * _columns(np.sign(factor).astype(np.int32), levels)
-    folded = scale * np.abs(factor)
-    bias = shift if layer.bias is None else shift + _array(layer.bias) * factor
-    owner = all_scales[call.input.layer]
-    input_scale = owner.activation_scale(call.input.role).item()
-    output = all_scales[call.output.layer]
-    output_scale = output.activation_scale(call.output.role).item()
-    output_grid = output.grid(Role.OUTPUT)
-    if call.activation == "relu6":
-        output_grid = capped_grid(output_grid, output_scale)
-    smallest = _SMALLEST_DEPTHWISE_SCALE if is_depthwise(layer) else SMALLEST_SCALE
-    levels, folded32 = _without_tiny_scales(levels, folded, smallest)
-    deployed_bias = _on_grid(bias, np.float32(input_scale), folded32) if is_depthwise(layer) else bias
+def _deployed(call: PlannedCall, modules: Mapping[str, nn.Module], scales: Mapping[str, LayerScales]) -> DeployedLayer:
+    layer = modules[call.layer]
+    norm = modules[call.batch_norm] if call.batch_norm else None
+    with torch.no_grad():
+        integer = integer_layer(layer, norm, call, scales)
+        own = scales[call.layer]
+        weight = layer.weight if own.keep is None else layer.weight * own.keep
+    bias = _array(integer.bias)
     return DeployedLayer(
-        call.layer, weight, levels, folded32, deployed_bias.astype(np.float32) if np.any(bias) else None,
-        bias.astype(np.float32), factor, bool(call.batch_norm), call.activation, int(getattr(layer, "groups", 1)),
-        _apart(input_scale) if signed_pool else input_scale, output_scale,
-        owner.grid(call.input.role), output_grid, scales.weight_grid)
+        call.layer, _array(weight.double()), _array(integer.levels).astype(np.int32), _array(integer.weight_scales),
+        bias if np.any(bias) or layer.bias is not None else None, _array(integer.float_bias.float()),
+        _array(integer.factor), norm is not None, call.activation, int(getattr(layer, "groups", 1)), call,
+        integer.input_scale.item(), integer.output_scale.item(),
+        scales[call.input.layer].grid(call.input.role), output_grid(call, scales), own.weight_grid)
 
 
-def _affine(norm: Optional[nn.Module], channels: int) -> "tuple[np.ndarray, np.ndarray]":
-    """The per-channel ``factor * y + shift`` of a batch norm in evaluation mode."""
+def output_grid(call: PlannedCall, scales: Mapping[str, LayerScales]) -> Grid:
+    """Integer levels that leave the layer; the 6 of a ReLU6 reaches MNN as the upper end of the range."""
+    owner = scales[call.output.layer]
+    grid = owner.grid(call.output.role)
+    if call.activation != "relu6":
+        return grid
+    scale = owner.activation_scale(call.output.role).detach().cpu().numpy()
+    return grid._replace(upper=int(quantize(np.float32(6), scale, grid)))
+
+
+def integer_layer(layer: nn.Module, norm: Optional[nn.Module], call: PlannedCall,
+                  scales: Mapping[str, LayerScales]) -> IntegerLayer:
+    """Fold a layer and its batch norm (in evaluation mode) into integers; per-channel vectors in float64."""
+    own = scales[call.layer]
+    weight = layer.weight if own.keep is None else layer.weight * own.keep
+    if not isinstance(weight, Tensor):
+        raise TypeError("layer %r has no weight tensor" % call.layer)
+    factor, shift = _affine(norm, weight)
+    # float32, as training computes the levels
+    levels = integer_levels(weight.float(), own.weight_scale(), own.weight_range())
+    columns = (-1,) + (1,) * (weight.dim() - 1)
+    levels = levels * torch.sign(factor).float().reshape(columns)
+    folded = own.weight_scale().double() * factor.abs()
+    bias = shift if layer.bias is None else shift + layer.bias.double() * factor
+    smallest = _SMALLEST_DEPTHWISE_SCALE if is_depthwise(layer) else SMALLEST_SCALE
+    # channels whose scale MNN cannot divide by are rounded anew, which makes almost all of their weights zero
+    ratio = torch.where(folded < smallest, folded / smallest, 1.0).reshape(columns)
+    levels = torch.round(levels * ratio).float()
+    folded32 = folded.clamp_min(smallest).float()
+    input_scale = scales[call.input.layer].activation_scale(call.input.role)
+    output_scale = scales[call.output.layer].activation_scale(call.output.role)
+    deployed = _in_units(bias, input_scale.double() * folded32.double()) if is_depthwise(layer) else bias
+    return IntegerLayer(levels, folded32, deployed.float(), bias, factor, input_scale, output_scale)
+
+
+def _affine(norm: Optional[nn.Module], weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """The per-channel ``factor * y + shift`` of a batch norm in evaluation mode, float64."""
+    ones = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
     if norm is None:
-        return np.ones(channels), np.zeros(channels)
-    gamma = np.ones(channels) if norm.weight is None else _array(norm.weight)
-    beta = np.zeros(channels) if norm.bias is None else _array(norm.bias)
-    factor = fold_factor(gamma, _array(norm.running_var), norm.eps)
-    return factor, beta - _array(norm.running_mean) * factor
+        return ones, torch.zeros_like(ones)
+    gamma = ones if norm.weight is None else norm.weight.double()
+    beta = torch.zeros_like(ones) if norm.bias is None else norm.bias.double()
+    factor = gamma / torch.sqrt(norm.running_var.double() + norm.eps)
+    return factor, beta - norm.running_mean.double() * factor
 
 
-def _without_tiny_scales(levels: np.ndarray, scales: np.ndarray, smallest: float) -> "tuple[np.ndarray, np.ndarray]":
-    """Raise scales that MNN cannot divide by; the channel's weights are re-rounded, which makes almost all of them 0."""
-    tiny = scales < smallest
-    if tiny.any():
-        ratio = _columns(np.where(tiny, scales / smallest, 1.0), levels)
-        levels = round_half_away(levels * ratio).astype(np.int32)
-    return levels, np.where(tiny, smallest, scales).astype(np.float32)
-
-
-def _on_grid(bias: np.ndarray, input_scale: np.float32, weight_scales: np.ndarray) -> np.ndarray:
+def _in_units(bias: Tensor, unit: Tensor) -> Tensor:
     """A depthwise bias in whole accumulator units, a few float32 steps away from zero so that truncation finds them."""
-    unit = np.float64(input_scale) * weight_scales.astype(np.float64)
-    return round_half_away(bias / unit) * unit * (1 + 2.0 ** -21)
-
-
-def _apart(scale: float) -> float:
-    """A scale just different from the pool's: with equal ones MNN pools signed bytes as unsigned (wrong results)."""
-    return float(np.float32(scale) * np.float32(1 + 2.0 ** -22))
+    units = bias / unit
+    return torch.sign(units) * torch.floor(units.abs() + 0.5) * unit * (1 + 2.0 ** -21)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().cpu().numpy()
-
-
-def _columns(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    return values.reshape((-1,) + (1,) * (like.ndim - 1))
+    return tensor.detach().cpu().numpy()

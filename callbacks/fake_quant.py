@@ -50,14 +50,22 @@ def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
     return _FakeQuantize.apply(x, scale.to(x.dtype), *bounds, levels.gradient_scale)  # type: ignore[no-any-return]
 
 
+def integer_levels(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
+    """The integers behind ``fake_quantize(x, scale, levels)``, as floats; no gradient."""
+    return _levels(x / _broadcast(scale, x), levels.lower, levels.upper)
+
+
+def _levels(t: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    return torch.clamp(torch.sign(t) * torch.floor(torch.abs(t) + 0.5), lower, upper)
+
+
 def _forward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    t = x / scale
-    return torch.clamp(torch.sign(t) * torch.floor(torch.abs(t) + 0.5), lower, upper) * scale
+    return _levels(x / scale, lower, upper) * scale
 
 
 def _backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tuple[Tensor, Tensor]:
     t = x / scale
-    level = torch.clamp(torch.sign(t) * torch.floor(torch.abs(t) + 0.5), lower, upper)
+    level = _levels(t, lower, upper)
     inside = (t >= lower) & (t <= upper)
     return torch.where(inside, grad, 0.0), grad * torch.where(inside, level - t, level)
 

@@ -6,7 +6,7 @@ from typing import Callable, Collection, Dict, List, NamedTuple, Optional
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimtrain.core import select
+from slimtrain.core import has_small_groups, select
 
 
 class LayerChoice(NamedTuple):
@@ -52,8 +52,8 @@ def why_float(module: nn.Module) -> str:
     if parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), Tensor):
         return "its weight is computed from other parameters; remove the parametrization first"
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        if 1 < module.groups == module.in_channels < module.out_channels:
-            return "a depthwise convolution with a channel multiplier has no addressable int8 form in MNN"
+        if has_small_groups(module.in_channels, module.out_channels, module.groups):
+            return "MNN takes a convolution with so small groups apart into float ones"
     return ""
 
 
@@ -66,3 +66,9 @@ def layer_kind(module: nn.Module) -> str:
 def weight_count(module: nn.Module) -> int:
     """Number of weights a layer multiplies with (biases and the affine of a norm are not compressed)."""
     return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() >= 2)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether MNN runs a convolution with its depthwise kernel (one channel to one channel counts as such)."""
+    groups = getattr(module, "groups", None)
+    return groups is not None and groups == module.in_channels == module.out_channels

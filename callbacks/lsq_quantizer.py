@@ -6,9 +6,9 @@ from typing import Any, Collection, Dict, Optional, Union
 
 from torch import nn
 
+from slimtrain.callbacks.calibration import Calibration
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.quantizer import Batch, choose_activation_scale
-from slimtrain.callbacks.simulation import Calibration
 from slimtrain.core import activation_grid, weight_grid
 
 
@@ -81,7 +81,7 @@ class LSQQuantizer(QATQuantizer):
         """Choose all scales from one batch; offline, go on choosing from every further one."""
         super().start_from(batch)
         if self.mode is Mode.OFFLINE:
-            self._tracker.handler = Calibration(self.layers, self.known_plan(), choose_activation_scale, self._observes)
+            self._tracker.handler = Calibration(self.modules(), self.known_plan(), choose_activation_scale, self._observes)
 
     def _observes(self) -> bool:
         self._trained = self._trained or self.model.training

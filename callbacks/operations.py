@@ -4,6 +4,7 @@ Functions are known by name, so that ``torch.relu``, ``Tensor.relu_`` and ``torc
 """
 from __future__ import annotations
 
+import copy
 import numbers
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -25,14 +26,14 @@ _KINDS: Dict[OpKind, Tuple[str, ...]] = {
     OpKind.RELU6: ("relu6",),
     OpKind.NON_NEGATIVE: ("sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "softmax", "abs", "abs_", "exp",
                           "exp_", "softplus", "square"),
-    OpKind.COMBINE: ("cat", "concat", "concatenate", "mean", "sum", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
+    OpKind.CONCAT: ("cat", "concat", "concatenate"),
+    OpKind.COMBINE: ("mean", "sum", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
                      "adaptive_avg_pool2d"),
     OpKind.VIEW: ("reshape", "view", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "T",
                   "mT", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "contiguous", "chunk", "split",
                   "tensor_split", "unbind", "narrow", "select", "index_select", "__getitem__", "expand", "clone",
                   "roll", "flip", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "to", "detach", "dropout",
                   "dropout1d", "dropout2d", "view_as", "reshape_as"),
-    OpKind.RESIZE: ("interpolate", "upsample"),
     OpKind.MAX_POOL: ("max_pool1d", "max_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d"),
 }
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
@@ -64,10 +65,14 @@ def operation_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], co
     """Classify one call; ``constants`` tells that it also reads a tensor from outside the network."""
     if name in ("hardtanh", "hardtanh_", "clamp", "clamp_", "clip"):
         return _clip_kind(name, args, kwargs)
+    if name in ("interpolate", "upsample"):
+        return OpKind.VIEW if argument(args, kwargs, 3, "mode", "nearest") == "nearest" else OpKind.RESIZE
     if name == "batch_norm":
         # without running statistics there is nothing that a converter could fold
         return OpKind.BATCH_NORM if argument(args, kwargs, 1, "running_mean") is not None else OpKind.OTHER
     kind = OpKind.COMBINE if name in _ARITHMETIC else _KIND_OF.get(name, OpKind.OTHER)
+    if kind is OpKind.CONCAT and constants:
+        return OpKind.OTHER  # the converter has no description of a constant that it could spread
     if kind is OpKind.COMBINE and (constants or (name in _ARITHMETIC and _has_negative(args, kwargs))):
         return OpKind.OTHER
     return kind
@@ -111,16 +116,21 @@ def _collect(value: Any, found: List[Tensor]) -> None:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Replace every tensor inside tuples, lists and dicts; anything else is returned as it is."""
+    """Replace every tensor inside tuples, lists and dicts; what holds no replaced tensor is returned as it is."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         items = [map_tensors(function, item) for item in value]
+        if all(new is old for new, old in zip(items, value)):
+            return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, list):
-        return [map_tensors(function, item) for item in value]
     if isinstance(value, dict):
-        return type(value)((key, map_tensors(function, item)) for key, item in value.items())
+        pairs = {key: map_tensors(function, item) for key, item in value.items()}
+        if all(new is value[key] for key, new in pairs.items()):
+            return value
+        copied = copy.copy(value)
+        copied.update(pairs)
+        return copied
     return value
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.calibration import Calibration
 from slimtrain.callbacks.layer_scales import SCALES, Bits, LayerScales, scales_of
 from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count
 from slimtrain.callbacks.model_view import evaluation, unnoticed
-from slimtrain.callbacks.operations import map_tensors
 from slimtrain.callbacks.recording import Plan, Recorder
-from slimtrain.callbacks.simulation import Calibration, Simulation
+from slimtrain.callbacks.simulation import Simulation
 from slimtrain.callbacks.tracking import Handler, OwnHook, Tracker
 from slimtrain.callbacks.weight_decay import ScaleGroups
 from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, mse_scale
@@ -77,6 +77,10 @@ class Quantizer:
         """The quantized layers by name, in the order of the model."""
         return self._choice.quantized
 
+    def modules(self) -> Dict[str, nn.Module]:
+        """All modules of the model by name."""
+        return dict(self.model.named_modules())
+
     def scale_parameters(self) -> List[nn.Parameter]:
         """The scales, as parameters."""
         return [parameter for scales in self.scales.values() for parameter in scales.parameters()]
@@ -131,7 +135,7 @@ class Quantizer:
             for batch in batches:
                 args, kwargs = arguments(batch)
                 if calibration is None:
-                    calibration = Calibration(self.layers, self.record(args, kwargs), choose_activation_scale)
+                    calibration = Calibration(self.modules(), self.record(args, kwargs), choose_activation_scale)
                 with self._handling(calibration):
                     self.model(*args, **kwargs)
                 count += 1
@@ -172,7 +176,7 @@ class Quantizer:
 
     def simulate_from_now(self) -> None:
         """From the next run on, the model computes as it will be deployed."""
-        self._tracker.handler = Simulation(self.layers, self.known_plan())
+        self._tracker.handler = Simulation(self.modules(), self.known_plan())
         if self._debug:
             for name in self.layers:
                 scales = scales_of(self.layers[name])
@@ -201,26 +205,20 @@ class Quantizer:
     # -- results
 
     def simulate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the deployed model in float64: the reference for what a device computes.
+        """Run the model in evaluation mode exactly as a device runs it; modes, buffers and gradients stay as they are.
 
-        Float32 sums differ in their last bits from a device's exact integer ones, which is enough to round a value
-        to the neighbouring level now and then; float64 sums are not. The model itself stays as it is.
+        Raises:
+            RuntimeError: nothing is known of the activations yet.
         """
         self.known_plan()
         attached = bool(self._handles)
         self.attach()
         try:
-            return self._simulate(args, kwargs)
+            with unnoticed(self.model), evaluation(self.model):
+                return self.model(*args, **kwargs)
         finally:
             if not attached:
                 self.detach()
-
-    def _simulate(self, args: Any, kwargs: Any) -> Any:
-        tensors = {name: value.detach().double() if value.is_floating_point() else value
-                   for name, value in (*self.model.named_parameters(), *self.model.named_buffers())}
-        args, kwargs = map_tensors(_double, args), map_tensors(_double, kwargs)
-        with torch.no_grad(), evaluation(self.model):
-            return torch.func.functional_call(self.model, tensors, args, kwargs)
 
     def coverage(self) -> Coverage:
         """Each parameterised layer, its share of the weights, and why it is left float if it is."""
@@ -354,7 +352,3 @@ class _FirstBatch(OwnHook):
                            "it computes as the float model")
             return
         self._quantizer.start_from(Batch(args, kwargs))
-
-
-def _double(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value

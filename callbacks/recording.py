@@ -22,7 +22,6 @@ class PlannedCall(NamedTuple):
     output: Quantizer
     batch_norm: str     #: name of the batch norm module folded into it, "" for none
     activation: str     #: "relu", "relu6" or "" as fused behind it
-    pooled: bool        #: the input passes a max pool on its way from the tensor that owns its scale
 
 
 class Plan(NamedTuple):
@@ -39,7 +38,7 @@ class Plan(NamedTuple):
             "owners": {name: _owner_text(owner) for name, owner in sorted(self.owners.items())},
             "fused": sorted(self.fused),
             "calls": [[call.layer, _owner_text(call.input), _owner_text(call.output), call.batch_norm,
-                       call.activation, call.pooled] for call in self.calls],
+                       call.activation] for call in self.calls],
             "non_negative": sorted(_owner_text(owner) for owner in self.non_negative),
         }
 
@@ -49,8 +48,8 @@ class Plan(NamedTuple):
         return cls(
             {name: _owner(text) for name, text in values["owners"].items()},
             frozenset(values["fused"]),
-            tuple(PlannedCall(layer, _owner(source), _owner(target), batch_norm, activation, pooled)
-                  for layer, source, target, batch_norm, activation, pooled in values["calls"]),
+            tuple(PlannedCall(layer, _owner(source), _owner(target), batch_norm, activation)
+                  for layer, source, target, batch_norm, activation in values["calls"]),
             frozenset(_owner(text) for text in values["non_negative"]),
         )
 
@@ -109,7 +108,7 @@ class Recorder(Handler):
                 self._outputs.append(_key(mark))
         placement = place(self._ops, self._outputs)
         producer = {op.output: op for op in self._ops}
-        owners = {name: owner for tensor, owner in placement.quantizers.items() for name in self._names[tensor]}
+        owners = {name: owner for tensor, owner in placement.on_grid.items() for name in self._names[tensor]}
         fused: Set[str] = set()
         calls = []
         for call in placement.calls:
@@ -118,8 +117,7 @@ class Recorder(Handler):
             calls.append(PlannedCall(
                 call.layer, call.input, call.output,
                 next((self._folded[tensor] for tensor in chain if tensor in self._folded), ""),
-                next((producer[tensor].kind.value for tensor in chain if producer[tensor].kind in _ACTIVATIONS), ""),
-                self._pooled(producer[call.tensor].inputs[0], placement, producer)))
+                next((producer[tensor].kind.value for tensor in chain if producer[tensor].kind in _ACTIVATIONS), "")))
         return Plan(owners, frozenset(fused), tuple(calls), self._non_negative(placement))
 
     def _non_negative(self, placement: Placement) -> FrozenSet[Quantizer]:
@@ -143,14 +141,6 @@ class Recorder(Handler):
         while chain[-1] != start:
             chain.append(producer[chain[-1]].inputs[0])
         return chain
-
-    @staticmethod
-    def _pooled(tensor: str, placement: Placement, producer: Mapping[str, Op]) -> bool:
-        while tensor not in placement.quantizers:
-            if producer[tensor].kind is OpKind.MAX_POOL:
-                return True
-            tensor = producer[tensor].inputs[0]
-        return False
 
 
 _ACTIVATIONS = (OpKind.RELU, OpKind.RELU6)

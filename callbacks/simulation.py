@@ -1,37 +1,57 @@
-"""Running a model as it will be deployed: every planned tensor and every weight is put on its integer grid."""
+"""Running a model as it will be deployed: every planned tensor and every weight is put on its integer grid.
+
+In training mode a layer computes with fake-quantized floats, which carry gradients. In evaluation mode its value is
+that of the device, integer for integer (a float32 sum differs in its last bits from an integer one, which rounds a
+value to the neighbouring level now and then): what is validated is what is deployed.
+"""
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Dict, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, Mapping, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.deployment import integer_layer, output_grid
+from slimtrain.callbacks.device import input_levels, run_on_device
 from slimtrain.callbacks.fake_quant import fake_quantize
 from slimtrain.callbacks.layer_scales import LayerScales, scales_of
+from slimtrain.callbacks.layers import is_depthwise
 from slimtrain.callbacks.operations import argument, map_tensors
-from slimtrain.callbacks.recording import Plan
-from slimtrain.callbacks.tracking import Call, Handler, Mark, Tracker
-from slimtrain.core import SMALLEST_SCALE, Grid, OpKind, Quantizer, Role
+from slimtrain.callbacks.recording import Plan, PlannedCall
+from slimtrain.callbacks.marks import Mark
+from slimtrain.callbacks.tracking import Call, Handler, Tracker
+from slimtrain.core import SMALLEST_SCALE, OpKind, Quantizer, Role
 
 logger = logging.getLogger(__name__)
 
-_SAME_GRID = (OpKind.VIEW, OpKind.MAX_POOL)
+_MOVES = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.CONCAT)
 
 
 class Simulation(Handler):
-    """Fake-quantizes the tensors of a plan.
+    """Quantizes the tensors of a plan.
 
     A tensor that the plan does not know (another branch of the forward was taken, a layer is called from outside)
     is quantized around the layer: its input before it, its output right behind it.
+
+    Args:
+        modules: all modules of the model by name.
+        plan: where they are quantized.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], plan: Plan) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], plan: Plan) -> None:
         self.plan = plan
-        self._layers = layers
+        self._modules = modules
+        self._calls: Dict[Tuple[str, Quantizer], PlannedCall] = {(call.layer, call.input): call for call in plan.calls}
         self._inputs = {call.layer: call.input for call in reversed(plan.calls)}
+        self._outputs = {call.layer: call.output for call in reversed(plan.calls)}
         self._folded = frozenset(call.layer for call in plan.calls if call.batch_norm)
         self._unplanned: Set[str] = set()
+        self._exact = False
+        self._latest_exact: Optional[Tensor] = None
+
+    def begin(self, tracker: Tracker) -> None:
+        self._exact = not tracker.root.training
 
     def enter(self, name: str, value: Tensor, tracker: Tracker) -> Tensor:
         mark = tracker.mark_of(value)
@@ -45,11 +65,13 @@ class Simulation(Handler):
     def execute(self, call: Call, tracker: Tracker) -> Any:
         if call.kind is OpKind.LAYER:
             return self._run_layer(call, tracker)
-        if any(mark is not None and mark.open_layer for mark in call.marks):
-            if call.name not in self.plan.fused:
-                call = self._settle(call, tracker)
-            elif call.kind is OpKind.BATCH_NORM:
-                return self._run_batch_norm(call)
+        waiting = next((mark for mark in call.marks if mark is not None and mark.open_layer), None)
+        if waiting is None:
+            return call.run()
+        if call.name not in self.plan.fused:
+            return self._settle(call, tracker).run()
+        if waiting.exact is not None and not torch.is_grad_enabled():
+            return call.inputs[0]  # the exact value has this operation in it already
         return call.run()
 
     def produced(self, call: Call, value: Tensor, tracker: Tracker) -> Tensor:
@@ -57,11 +79,11 @@ class Simulation(Handler):
         assert mark is not None
         source = call.marks[0] if call.marks else None
         if call.kind is OpKind.LAYER:
-            mark.open_layer = call.layer
+            mark.open_layer, mark.exact = call.layer, self._latest_exact
         elif source is not None and source.open_layer and call.name in self.plan.fused:
-            mark.open_layer = source.open_layer
-        elif source is not None and call.kind in _SAME_GRID:
-            mark.scale_owner = source.scale_owner
+            mark.open_layer, mark.exact = source.open_layer, source.exact
+        elif call.kind in _MOVES and len({None if each is None else each.scale_owner for each in call.marks}) == 1:
+            mark.scale_owner = source.scale_owner if source is not None else None
         owner = self.plan.owners.get(call.name)
         if owner is not None and mark.scale_owner is None:
             return self._quantized(value, owner, mark, tracker)
@@ -76,20 +98,44 @@ class Simulation(Handler):
     # -- layers
 
     def _run_layer(self, call: Call, tracker: Tracker) -> Tensor:
-        layer = self._layers[call.layer]
+        layer = self._modules[call.layer]
         scales = scales_of(layer)
         x, owner = self._layer_input(call, tracker)
+        rest = call.args[3:]
+        more = {key: value for key, value in call.kwargs.items() if key not in ("input", "weight", "bias")}
+        self._latest_exact = self._device_value(call, owner, x, rest, more)
+        if self._latest_exact is not None and not torch.is_grad_enabled():
+            return self._latest_exact
         weight = argument(call.args, call.kwargs, 1, "weight")
         quantized = weight if scales.keep is None else weight * scales.keep
         quantized = fake_quantize(quantized, scales.weight_scale(), scales.weight_range())
         bias = argument(call.args, call.kwargs, 2, "bias")
         if bias is not None and is_depthwise(layer) and call.layer not in self._folded:
             bias = on_grid(bias, self._scale(owner).to(bias.dtype) * scales.weight_scale().to(bias.dtype))
-        rest = {key: value for key, value in call.kwargs.items() if key not in ("input", "weight", "bias")}
-        return call.function(x, quantized, bias, *call.args[3:], **rest)  # type: ignore[no-any-return]
+        return call.function(x, quantized, bias, *rest, **more)  # type: ignore[no-any-return]
+
+    def _device_value(self, call: Call, owner: Quantizer, x: Tensor, rest: Any, more: Any) -> Optional[Tensor]:
+        """The layer's fused output as the device computes it; None in training and where there is no plan."""
+        planned = self._calls.get((call.layer, owner))
+        if not self._exact or planned is None or x.dtype is torch.float64:
+            return None
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            scales = {name: scales_of(self._modules[name])
+                      for name in {call.layer, planned.input.layer, planned.output.layer}}
+            norm = self._modules[planned.batch_norm] if planned.batch_norm else None
+            layer = self._modules[call.layer]
+            integer = integer_layer(layer, norm, planned, scales)
+            cut = output_grid(planned, scales)
+            if planned.activation:
+                cut = cut._replace(lower=max(cut.lower, 0))
+            grids = scales[owner.layer].grid(owner.role), scales[call.layer].weight_grid, cut
+            return run_on_device(layer, integer, x.float(), lambda *args: call.function(*args, **more), rest, grids)
 
     def _layer_input(self, call: Call, tracker: Tracker) -> Tuple[Tensor, Quantizer]:
         x, mark = call.inputs[0], call.marks[0]
+        if mark is not None and mark.open_layer:
+            x = self._close_layer(x, mark, tracker)
+            mark = tracker.mark_of(x)
         if mark is not None and mark.scale_owner is not None:
             return x, mark.scale_owner
         owner = self._inputs.get(call.layer)
@@ -97,31 +143,6 @@ class Simulation(Handler):
             self._report_unplanned(call.layer, "input")
             owner = Quantizer(call.layer, Role.INPUT)
         return self._quantized(x, owner, mark or tracker.mark(x, call.name + "/input"), tracker), owner
-
-    def _run_batch_norm(self, call: Call) -> Any:
-        """In evaluation the folded bias of a depthwise layer lies on the accumulator's grid, because MNN truncates it.
-
-        Training normalises with the statistics of the batch, which no deployed bias corresponds to.
-        """
-        source = call.marks[0]
-        training = argument(call.args, call.kwargs, 5, "training", False)
-        if source is None or training or not is_depthwise(self._layers[source.open_layer]):
-            return call.run()
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        values = dict(zip(names, call.args), **call.kwargs)
-        mean, variance = values["running_mean"], values["running_var"]
-        factor = torch.rsqrt(variance + values.get("eps", 1e-5))
-        factor = factor if values.get("weight") is None else factor * values["weight"]
-        shift = -mean * factor if values.get("bias") is None else values["bias"] - mean * factor
-        layer_bias = self._layers[source.open_layer].bias
-        folded = shift if layer_bias is None else shift + layer_bias.to(shift.dtype) * factor
-        layer = self._layers[source.open_layer]
-        unit = self._input_scale_of(source.open_layer).to(factor.dtype) * scales_of(layer).weight_scale().to(factor.dtype)
-        values["bias"] = on_grid(folded, unit * factor.abs()) - folded + shift + mean * factor
-        return call.function(**values)
-
-    def _input_scale_of(self, layer: str) -> Tensor:
-        return self._scale(self._inputs.get(layer, Quantizer(layer, Role.INPUT)))
 
     # -- tensors
 
@@ -132,27 +153,34 @@ class Simulation(Handler):
             return self._close_layer(value, mark, tracker) if mark is not None and mark.open_layer else value
 
         args, kwargs = map_tensors(close, call.args), map_tensors(close, dict(call.kwargs))
-        inputs = tuple(close(value) for value in call.inputs)
-        return call._replace(args=args, kwargs=kwargs, inputs=inputs,
-                             marks=tuple(tracker.mark_of(value) for value in inputs))
+        return call._replace(args=args, kwargs=kwargs)
 
     def _close_layer(self, value: Tensor, mark: Mark, tracker: Tracker) -> Tensor:
+        """Quantize a layer's output where it is, though the plan says that more would be fused into it."""
         self._report_unplanned(mark.open_layer, "output")
-        return self._quantized(value, Quantizer(mark.open_layer, Role.OUTPUT), mark, tracker)
+        mark.exact = None
+        owner = self._outputs.get(mark.open_layer, Quantizer(mark.open_layer, Role.OUTPUT))
+        return self._quantized(value, owner, mark, tracker)
 
     def _quantized(self, value: Tensor, owner: Quantizer, mark: Mark, tracker: Tracker) -> Tensor:
-        scales = scales_of(self._layers[owner.layer])
-        result = self.quantize(value, owner, scales)
+        scales = scales_of(self._modules[owner.layer])
+        if mark.exact is not None and not torch.is_grad_enabled():
+            result = mark.exact
+        else:
+            result = self.quantize(value, owner, scales)
+            result = result if mark.exact is None else _Swap.apply(result, mark.exact)
         copy = tracker.mark(result, mark.name)
         copy.scale_owner = owner
         return result
 
     def quantize(self, value: Tensor, owner: Quantizer, scales: LayerScales) -> Tensor:
         """Put one activation on its grid."""
+        if self._exact and not torch.is_grad_enabled() and value.dtype is torch.float32:
+            return input_levels(value, self._scale(owner), scales.grid(owner.role))
         return fake_quantize(value, self._scale(owner), scales.activation_range(owner.role))
 
     def _scale(self, owner: Quantizer) -> Tensor:
-        return scales_of(self._layers[owner.layer]).activation_scale(owner.role)
+        return scales_of(self._modules[owner.layer]).activation_scale(owner.role)
 
     def _report_unplanned(self, layer: str, what: str) -> None:
         if layer not in self._unplanned:
@@ -161,38 +189,16 @@ class Simulation(Handler):
                            "quantized on its own", what, layer)
 
 
-class Calibration(Simulation):
-    """A simulation that first sets the scale of each tensor it quantizes, to the mean over all it has seen.
+class _Swap(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
 
-    Args:
-        choose: from a tensor and its integer grid to a scale.
-        observing: tells whether the present run counts; the others only simulate.
-    """
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
 
-    def __init__(self, layers: Mapping[str, nn.Module], plan: Plan, choose: Callable[[Tensor, Grid], float],
-                 observing: Callable[[], bool] = lambda: True) -> None:
-        super().__init__(layers, plan)
-        self._choose = choose
-        self._observing = observing
-        self._counts = False
-        self.seen: Dict[Quantizer, Tuple[int, float]] = {}  #: tensors looked at, mean of their scales
-
-    def begin(self) -> None:
-        self._counts = self._observing()
-
-    def quantize(self, value: Tensor, owner: Quantizer, scales: LayerScales) -> Tensor:
-        if self._counts:
-            count, mean = self.seen.get(owner, (0, 0.0))
-            mean += (self._choose(value, scales.grid(owner.role)) - mean) / (count + 1)
-            self.seen[owner] = (count + 1, mean)
-            scales.set_activation_scale(owner.role, mean)
-        return super().quantize(value, owner, scales)
-
-
-def is_depthwise(layer: nn.Module) -> bool:
-    """Whether MNN runs the layer with its depthwise kernel."""
-    groups: Optional[int] = getattr(layer, "groups", None)
-    return groups is not None and groups > 1 and groups == layer.in_channels == layer.out_channels
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tuple[Tensor, None]:
+        return grads[0], None
 
 
 def on_grid(bias: Tensor, unit: Tensor) -> Tensor:

@@ -9,12 +9,16 @@ a module or a function, or which branch a forward takes. A name is local to the 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import sys
+from types import FrameType
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slimtrain.callbacks.marks import Mark, Marks
 from slimtrain.callbacks.operations import (
     LAYER_FUNCTIONS,
     function_name,
@@ -24,24 +28,10 @@ from slimtrain.callbacks.operations import (
     tensors_in,
     weight_of,
 )
+from slimtrain.callbacks.recomputation import Entrances
 from slimtrain.core import OpKind
 
 _LONGEST_NAME = 120
-_MARK = "_slimtrain_mark"
-
-
-class Mark:
-    """What is known of one tensor while the model runs; hangs on the tensor itself."""
-
-    __slots__ = ("run", "serial", "name", "scale_owner", "open_layer", "step")
-
-    def __init__(self, run: int, serial: int, name: str) -> None:
-        self.run = run          #: the run of the model that made this mark; a mark of an earlier run means nothing
-        self.serial = serial    #: position in the run
-        self.name = name
-        self.scale_owner: Any = None          #: whose scale put the tensor on its grid, None while it is on none
-        self.open_layer: str = ""             #: the quantized layer whose output this is, until it is quantized
-        self.step: Optional[Tensor] = None    #: real value of one accumulator unit of that layer, per channel
 
 
 class Call(NamedTuple):
@@ -64,7 +54,7 @@ class Call(NamedTuple):
 class Handler:
     """Decides what happens to the tensors of a run; this one changes nothing."""
 
-    def begin(self) -> None:
+    def begin(self, tracker: Tracker) -> None:
         """A run of the model begins."""
 
     def enter(self, name: str, value: Tensor, tracker: Tracker) -> Tensor:
@@ -89,6 +79,7 @@ class _Frame(NamedTuple):
     path: str
     start: int               #: tensors with an earlier serial came from outside
     names: Dict[str, int]    #: how often each name was given in this call of the module
+    arguments: Dict[int, str]  #: serial of a tensor that was passed in -> what it is called inside
 
 
 class Tracker(TorchFunctionMode):
@@ -106,9 +97,11 @@ class Tracker(TorchFunctionMode):
         self.layers = dict(layers)
         self.handler = handler
         self._frames: List[_Frame] = []
-        self._run = 0
         self._serial = 0
+        self._marks = Marks()
+        self._entrances = Entrances()
         self._by_weight: Dict[int, str] = {}
+        self._caller: Optional[FrameType] = None  #: the Python frame that called the outermost module
 
     # -- where a run begins and ends
 
@@ -124,16 +117,24 @@ class Tracker(TorchFunctionMode):
 
     def open(self, module: Optional[nn.Module] = None, path: str = "") -> bool:
         """Enter a module; True when a new frame was opened (a layer inside a run needs none)."""
+        if self._frames and path == "" and self._caller is not None and not _is_running(self._caller):
+            self.reset()  # the latest run was interrupted: torch calls no hook on a KeyboardInterrupt
         if self._frames and path in self.layers:
             return False
         if not self._frames:
-            self._run += 1
-            self._serial = 0
-            self._by_weight = {id(layer.weight): name for name, layer in self.layers.items()}
-            self.handler.begin()
-            self.__enter__()
-        self._frames.append(_Frame(module, path, self._serial, {}))
+            self._begin(module, path)
+        self._frames.append(_Frame(module, path, self._serial, {}, {}))
         return True
+
+    def _begin(self, module: Optional[nn.Module], path: str) -> None:
+        self._entrances.begin(path)
+        self._serial = 0
+        self._marks.clear()
+        self._by_weight = {id(layer.weight): name for name, layer in self.layers.items()}
+        self._caller = None if module is None else _caller()
+        if not self._entrances.repeating:
+            self.handler.begin(self)
+        self.__enter__()
 
     def close(self, module: Optional[nn.Module] = None) -> bool:
         """Leave a module if its frame is the innermost; True when this ended the run.
@@ -148,33 +149,71 @@ class Tracker(TorchFunctionMode):
         self._frames.pop()
         if self._frames:
             return False
+        self._caller = None
         self.__exit__(None, None, None)
         return True
+
+    def reset(self) -> None:
+        """End a run that was broken off."""
+        if self._frames:
+            self._frames, self._caller = [], None
+            self.__exit__(None, None, None)
 
     @property
     def running(self) -> bool:
         """Whether the model is being run."""
         return bool(self._frames)
 
-    def enter_arguments(self, values: Any) -> Any:
+    @property
+    def repeating(self) -> bool:
+        """Whether the present or latest run repeats a part of an earlier one (activation checkpointing)."""
+        return self._entrances.repeating
+
+    def enter_arguments(self, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         """Name the tensors passed into the innermost module."""
         frame = self._frames[-1]
-        counter = iter(range(1 << 30))
-        return map_tensors(lambda x: self.handler.enter("%s/argument%d" % (frame.path, next(counter)), x, self), values)
+        tensors = tensors_in([args, dict(kwargs)])
+        if len(self._frames) > 1:
+            self._entrances.enter(frame.path, [self.mark_of(tensor) for tensor in tensors])
+        elif self.repeating:
+            for tensor, known in zip(tensors, self._entrances.repeated(frame.path)):
+                if known is not None:
+                    mark = self.mark(tensor, "%s/repeated" % frame.path)
+                    mark.scale_owner, mark.open_layer = known
+        return (tuple(self._enter(frame, "argument%d" % index, value) for index, value in enumerate(args)),
+                {key: self._enter(frame, "argument_" + key, value) for key, value in kwargs.items()})
+
+    def _enter(self, frame: _Frame, name: str, value: Any) -> Any:
+        """Pass in one argument; the tensors of a list are numbered."""
+        numbers = itertools.count()
+
+        def enter(tensor: Tensor) -> Tensor:
+            inside = "%s.%d" % (name, next(numbers)) if tensor is not value else name
+            entered = self.handler.enter("%s/%s" % (frame.path, inside), self._latest(tensor), self)
+            mark = self.mark_of(entered)
+            if mark is not None:
+                frame.arguments[mark.serial] = inside
+            return entered
+
+        return map_tensors(enter, value)
 
     # -- marks
 
     def mark_of(self, value: Tensor) -> Optional[Mark]:
-        """The mark of a tensor of the present run."""
-        mark = getattr(value, _MARK, None)
-        return mark if mark is not None and mark.run == self._run else None
+        """The mark of a tensor of the present run, or of the latest when none is running."""
+        return self._marks.get(value)
 
     def mark(self, value: Tensor, name: str) -> Mark:
         """Give a tensor a fresh mark."""
         self._serial += 1
-        mark = Mark(self._run, self._serial, name)
-        setattr(value, _MARK, mark)
+        mark = Mark(self._serial, name)
+        self._marks.set(value, mark)
         return mark
+
+    def _latest(self, value: Tensor) -> Tensor:
+        """The tensor itself, or what a handler put in the place of one that was changed in place."""
+        mark = self.mark_of(value)
+        return value if mark is None or mark.replacement is None else mark.replacement
 
     # -- operations
 
@@ -183,8 +222,10 @@ class Tracker(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._frames or not reads_values(func):
             return func(*args, **kwargs)
-        call = self._call(func, args, kwargs)
+        call = self._call(func, map_tensors(self._latest, args), map_tensors(self._latest, kwargs))
         value = self.handler.execute(call, self)
+        if value is None and function_name(func) == "__setitem__":
+            self._produced(call, call.args[0])
         if isinstance(value, Tensor):
             return self._produced(call, value)
         if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
@@ -194,8 +235,11 @@ class Tracker(TorchFunctionMode):
         return value
 
     def _produced(self, call: Call, value: Tensor) -> Tensor:
-        self.mark(value, call.name)
-        return self.handler.produced(call, value, self)
+        mark = self.mark(value, call.name)
+        result = self.handler.produced(call, value, self)
+        if result is not value and any(value is tensor for tensor in call.inputs):
+            mark.replacement = result
+        return result
 
     def _call(self, func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Call:
         tensors = tensors_in(args) + tensors_in(kwargs)
@@ -211,8 +255,9 @@ class Tracker(TorchFunctionMode):
 
     def _describe(self, name: str, marks: Sequence[Optional[Mark]]) -> str:
         frame = self._frames[-1]
-        sources = [mark.name.rpartition("/")[2] if mark is not None and mark.serial > frame.start else "outside"
-                   for mark in marks]
+        sources = [frame.arguments.get(mark.serial)
+                   or (mark.name.rpartition("/")[2] if mark.serial > frame.start else "outside")
+                   for mark in marks if mark is not None]
         text = "%s(%s)" % (name, ",".join(sources))
         if len(text) > _LONGEST_NAME:
             text = "%s(#%s)" % (name, hashlib.blake2s(text.encode(), digest_size=8).hexdigest())
@@ -244,10 +289,10 @@ class _Before(_TrackerHook):
         if torch.compiler.is_compiling():
             raise RuntimeError("a model under quantization training cannot be compiled as a whole (its fake "
                                "quantization already is): train the uncompiled model, compile the exported one")
-        if not self.tracker.open(module, self.path):
+        if _is_redirected(module) or not self.tracker.open(module, self.path):
             return None
         try:
-            return self.tracker.enter_arguments(args), self.tracker.enter_arguments(kwargs)
+            return self.tracker.enter_arguments(args, kwargs)
         except BaseException:
             self.tracker.close(module)  # torch runs no forward hook after a pre-hook that raised
             raise
@@ -257,6 +302,26 @@ class _After(_TrackerHook):
     """Forward hook: closes the frame of a module, also when its forward raised."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not self.tracker.close(module) or output is None:
+        if not self.tracker.close(module) or output is None or self.tracker.repeating:
             return None
         return map_tensors(lambda value: self.tracker.handler.leave(value, self.tracker), output)
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether DDP runs a step of a LightningModule through its ``forward``: the arguments are a batch, not an input."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__qualname__", "").startswith("_ForwardRedirection.")
+
+
+def _caller() -> Optional[FrameType]:
+    frame: Optional[FrameType] = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(frame: FrameType) -> bool:
+    active: Optional[FrameType] = sys._getframe(1)
+    while active is not None and active is not frame:
+        active = active.f_back
+    return active is not None

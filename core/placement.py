@@ -1,14 +1,16 @@
 """Where MNN quantizes: the tensors of a network that carry a scale, and whose scale it is.
 
-MNN's converter describes tensors only through the convolutions around them: a tensor is quantized when it is the
-input or the (fused) output of a quantized layer, all its consumers see the quantized value, and when two layers
-disagree on its scale the producer's wins, then the first consumer's. Training has to simulate exactly that, so both
+MNN's converter describes tensors only through the convolutions around them: the inputs and the (fused) outputs of
+quantized layers. The description spreads along operations that only move values (views, pools, concatenation), in
+both directions, and the runtime may merge such operations or run them on integers or on floats as it likes. Results
+do not depend on what it does if all tensors that are connected in this way share one scale: that of the first layer
+that produces one of them, else of the first layer that reads one. Training has to simulate exactly that, so both
 frameworks translate their graph into :class:`Op` values and ask :func:`place`.
 """
 from __future__ import annotations
 
 from enum import Enum
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 
 class OpKind(Enum):
@@ -19,10 +21,11 @@ class OpKind(Enum):
     RELU = "relu"                  #: fused into the layer before it
     RELU6 = "relu6"                #: fused into the layer before it
     NON_NEGATIVE = "non_negative"  #: any other operation whose result is never below zero (sigmoid, abs, softmax)
-    COMBINE = "combine"            #: non-negative when all its inputs are (add, concat, mean, multiply)
+    COMBINE = "combine"            #: non-negative when all its inputs are (add, mean, multiply)
     VIEW = "view"                  #: moves values without changing any (reshape, transpose, slice, flatten)
     MAX_POOL = "max_pool"          #: selects values without changing any
-    RESIZE = "resize"              #: interpolates: the result is put on its input's grid again
+    CONCAT = "concat"              #: puts tensors side by side
+    RESIZE = "resize"              #: interpolates between values
     OTHER = "other"
 
 
@@ -62,14 +65,15 @@ class LayerCall(NamedTuple):
 class Placement(NamedTuple):
     """Every quantized tensor of a network."""
 
-    quantizers: Dict[str, Quantizer]    #: tensor name -> owner of its scale
-    calls: Tuple[LayerCall, ...]        #: in execution order
+    quantizers: Dict[str, Quantizer]     #: tensor -> owner of its scale; tensors made by moving these are on its grid
+    calls: Tuple[LayerCall, ...]         #: in execution order
     non_negative: Tuple[Quantizer, ...]  #: owners of which no tensor can be below zero
+    on_grid: Dict[str, Quantizer]        #: all tensors on a grid: the quantized ones, and those that only move values
 
 
-_SHARES_SCALE = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.RESIZE)
+_MOVES = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.CONCAT)
 _NON_NEGATIVE = (OpKind.RELU, OpKind.RELU6, OpKind.NON_NEGATIVE)
-_KEEPS_SIGN = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.RESIZE, OpKind.COMBINE)
+_KEEPS_SIGN = (*_MOVES, OpKind.RESIZE, OpKind.COMBINE)
 
 
 def place(ops: Sequence[Op], outputs: Sequence[str]) -> Placement:
@@ -86,17 +90,37 @@ def place(ops: Sequence[Op], outputs: Sequence[str]) -> Placement:
     producer = _producers(ops)
     ops = _alive(ops, outputs, producer)
     fused = _fused_outputs(ops, outputs)
-    quantizers = {fused[op.output]: Quantizer(op.layer, Role.OUTPUT) for op in ops if op.kind is OpKind.LAYER}
-    calls: List[LayerCall] = []
+    layers = [op for op in ops if op.kind is OpKind.LAYER]
+    group = _connected(ops)
+    owners: Dict[str, Quantizer] = {}
+    for op in layers:
+        owners.setdefault(group(fused[op.output]), Quantizer(op.layer, Role.OUTPUT))
+    for op in layers:
+        owners.setdefault(group(op.inputs[0]), Quantizer(op.layer, Role.INPUT))
+    tensors = dict.fromkeys(name for op in ops for name in (*op.inputs, op.output))
+    on_grid = {name: owners[group(name)] for name in tensors if group(name) in owners}
+    moved = {op.output for op in ops if op.kind in _MOVES}
+    quantizers = {name: owner for name, owner in on_grid.items() if name not in moved}
+    calls = [LayerCall(op.layer, op.output, fused[op.output], on_grid[op.inputs[0]], on_grid[fused[op.output]])
+             for op in layers]
+    return Placement(quantizers, tuple(calls), _never_negative(ops, quantizers), on_grid)
+
+
+def _connected(ops: Sequence[Op]) -> Callable[[str], str]:
+    """A function from a tensor to the representative of all tensors that it shares values with."""
+    parent: Dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while parent.get(name, name) != name:
+            parent[name] = parent.get(parent[name], parent[name])
+            name = parent[name]
+        return name
+
     for op in ops:
-        if op.kind is not OpKind.LAYER:
-            continue
-        source, resized = _source(op.inputs[0], producer, quantizers)
-        owner = quantizers.setdefault(source, Quantizer(op.layer, Role.INPUT))
-        quantizers.update((tensor, owner) for tensor in resized)
-        end = fused[op.output]
-        calls.append(LayerCall(op.layer, op.output, end, owner, quantizers[end]))
-    return Placement(quantizers, tuple(calls), _never_negative(ops, quantizers))
+        if op.kind in _MOVES:
+            for name in op.inputs:
+                parent[find(name)] = find(op.output)
+    return find
 
 
 def _producers(ops: Sequence[Op]) -> Dict[str, Op]:
@@ -139,17 +163,6 @@ def _fused_outputs(ops: Sequence[Op], outputs: Sequence[str]) -> Dict[str, str]:
                 end = following[0].output
         fused[op.output] = end
     return fused
-
-
-def _source(tensor: str, producer: Dict[str, Op],
-            quantizers: Dict[str, Quantizer]) -> Tuple[str, List[str]]:
-    """Walk back to the tensor whose scale ``tensor`` shares; also the tensors interpolated on the way."""
-    resized = []
-    while tensor not in quantizers and tensor in producer and producer[tensor].kind in _SHARES_SCALE:
-        if producer[tensor].kind is OpKind.RESIZE:
-            resized.append(tensor)
-        tensor = producer[tensor].inputs[0]
-    return tensor, resized
 
 
 def _never_negative(ops: Sequence[Op], quantizers: Dict[str, Quantizer]) -> Tuple[Quantizer, ...]:

@@ -52,10 +52,20 @@ def test_views_and_pools_share_the_scale_of_what_they_read():
     assert place(ops, ["b"]).calls[1].input == owner("conv1", "output")
 
 
-def test_an_interpolated_tensor_is_put_on_the_grid_of_what_it_interpolates():
+def test_concatenated_tensors_share_the_scale_of_the_first_layer_that_produces_one():
+    ops = [Op("a", CONV, ("x",), "conv1"), Op("f", OpKind.OTHER, ("x",)), Op("b", CONV, ("f",), "conv2"),
+           Op("l", OpKind.VIEW, ("a",)), Op("c", OpKind.CONCAT, ("l", "b", "f")), Op("d", CONV, ("c",), "conv3")]
+    placed = place(ops, ["d"])
+    shared = owner("conv1", "output")
+    assert placed.quantizers == {"x": owner("conv1", "input"), "a": shared, "b": shared, "f": shared,
+                                 "d": owner("conv3", "output")}
+    assert placed.on_grid == {**placed.quantizers, "l": shared, "c": shared}
+    assert [call.input for call in placed.calls] == [owner("conv1", "input"), shared, shared]
+
+
+def test_an_interpolated_tensor_has_a_scale_of_its_own():
     ops = [Op("a", CONV, ("x",), "conv1"), Op("u", OpKind.RESIZE, ("a",)), Op("b", CONV, ("u",), "conv2")]
-    placed = place(ops, ["b"])
-    assert placed.quantizers["u"] == placed.calls[1].input == owner("conv1", "output")
+    assert place(ops, ["b"]).calls[1].input == owner("conv2", "input")
 
 
 def test_a_layer_called_twice_has_two_calls_and_one_pair_of_scales():
