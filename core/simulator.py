@@ -191,7 +191,7 @@ def _requantize_depthwise(sums: np.ndarray, conv: IntegerConv) -> np.ndarray:
     scales = np.maximum(scales, _SMALLEST_DEPTHWISE_SCALE)
     offset = _STORAGE_OFFSET * conv.weight.sum(axis=(1, 2, 3))
     # MNN stores the two together, passing through float32, which loses digits of a very large bias.
-    stored = _int32(np.trunc(bias / (s_in * scales))).astype(np.float32) - offset.astype(np.float32)
+    stored = np.trunc(bias / (s_in * scales)) - offset.astype(np.float32)
     whole = _int32(sums + _column(offset + stored.astype(np.int64)))
     return whole.astype(np.float32) * _column(scales * (s_in / s_out))
 

@@ -28,6 +28,8 @@ def test_nothing_wanted_is_fully_covered():
     assert Coverage(()).fraction == 1.0
     assert Coverage(()).share(LayerState.FLOAT) == 0.0
     assert Coverage(()).missing == () and Coverage(()).rows() == []
+    empty = Coverage((LayerCoverage("empty", "Conv", 0, LayerState.INT8),))
+    assert empty.fraction == 1.0 and empty.rows() == [("empty", "Conv", 0, 0.0, "int8", "")]
 
 
 def test_rows_are_plain_tuples():

@@ -69,11 +69,11 @@ def test_a_missing_folder_is_reported(tmp_path):
         write_whole(tmp_path / "no" / "a", b"x")
 
 
-@pytest.mark.parametrize("second", ["no/b", "folder"])
-def test_several_files_are_written_together_or_not_at_all(tmp_path, second):
+@pytest.mark.parametrize("second, error", [("no/b", FileNotFoundError), ("folder", IsADirectoryError)])
+def test_several_files_are_written_together_or_not_at_all(tmp_path, second, error):
     (tmp_path / "folder").mkdir()
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(OSError):
+    with pytest.raises(error):
         replace_all([(tmp_path / "a", b"new"), (tmp_path / second, b"new")])
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a", "folder"]

@@ -166,6 +166,7 @@ def test_infinities_saturate():
 
 def test_integers_and_empty_arrays_are_numbers_too():
     np.testing.assert_array_equal(quantize(np.array([-3, 0, 5]), 2.0, weight_grid(8)), [-2, 0, 3])
+    assert quantize(np.array([2**24 + 1]), 1.0, Grid(32, -2**31, 2**31 - 1)) == 2**24 + 1
     assert quantize(np.zeros((0, 3)), np.ones(3), weight_grid(8), axis=1).shape == (0, 3)
 
 

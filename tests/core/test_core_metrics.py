@@ -30,6 +30,8 @@ def test_sqnr_by_exact_fractions(reference, data):
 def test_sqnr_by_hand():
     assert sqnr_db(np.array([10.0]), np.array([9.0])) == pytest.approx(20.0)
     assert sqnr_db(np.array([3.0, 4.0]), np.array([3.0, 4.5])) == pytest.approx(20.0)
+    assert sqnr_db(np.zeros(2), np.array([0.0, 1e-3])) == -math.inf
+    assert sqnr_db(np.zeros(2), np.zeros(2)) == math.inf
 
 
 def test_sums_are_float64():

@@ -6,9 +6,9 @@ Field numbers are those of onnx.proto; nothing is written that these models do n
 from typing import Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-from wire import block, number, text
 
 from slimtrain.core import Activation
+from wire import block, number, text
 
 Pair = Tuple[int, int]
 

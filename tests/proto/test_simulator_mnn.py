@@ -9,8 +9,8 @@ from typing import Dict, List, NamedTuple
 
 import numpy as np
 import pytest
-from onnx_convolutions import Branch, model, output_names
 
+from onnx_convolutions import Branch, model, output_names
 from slimtrain.core import (
     Activation,
     Grid,
