@@ -25,13 +25,15 @@ env-torch env-tf1 env-tf2 env-dist: env-%: .venv/%/made $(links) ## Make one env
 .venv/torch/made .venv/tf2/made .venv/dist/made: version := 3.11
 .venv/tf1/made: version := 3.7
 
-# The stamp is written last, so that an environment without one is known to be half made.
+# "made" is a copy of the constraints, written last: without it the environment is half made, and where it differs
+# the environment is outdated. Comparing text spares the environment when git only gave the file a new date.
 .venv/%/made: constraints/%.txt
-	@python=$$(.ci/find-python $(version)); \
+	@if cmp -s $< $@; then touch $@; exit; fi; \
+	python=$$(.ci/find-python $(version)); \
 	echo "Making .venv/$* with $$python, once; this can take minutes."; \
 	"$$python" -m venv --clear .venv/$*; \
 	.venv/$*/bin/python -m pip install --requirement $< || { rm -rf .venv/$*; exit 1; }; \
-	touch $@
+	cp $< $@
 
 build/dev/slimtrain/%:
 	@mkdir -p $(@D)
