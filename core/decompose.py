@@ -63,7 +63,14 @@ def full_ranks(shape: Shape, factorization: Factorization) -> Tuple[int, ...]:
 
 
 def chain_shapes(shape: Shape, factorization: Factorization, ranks: Tuple[int, ...]) -> Tuple[Shape, ...]:
-    """Shapes of the factors. A Tucker mode at full rank needs no factor, the core absorbs it."""
+    """Shapes of the factors. A Tucker mode at full rank needs no factor, the core absorbs it.
+
+    Raises:
+        ValueError: wrong number of ranks, or one outside 1..full.
+    """
+    full = full_ranks(shape, factorization)
+    if len(ranks) != len(full) or not all(1 <= rank <= most for rank, most in zip(ranks, full)):
+        raise ValueError(f"a weight of shape {shape} has {factorization.value} ranks of 1..{full}, got {tuple(ranks)}")
     outputs, inputs, extents = shape[0], shape[1], shape[2:]
     ones = (1,) * len(extents)
     if factorization is Factorization.SVD:
@@ -116,10 +123,7 @@ def truncate_weight(analysis: Analysis, ranks: Sequence[int], refinements: int =
     Raises:
         ValueError: wrong number of ranks, or one outside 1..full.
     """
-    full = full_ranks(analysis.weight.shape, analysis.factorization)
-    if len(ranks) != len(full) or not all(1 <= rank <= most for rank, most in zip(ranks, full)):
-        raise ValueError(f"a weight of shape {analysis.weight.shape} has {analysis.factorization.value} ranks of "
-                         f"1..{full}, got {tuple(ranks)}")
+    chain_shapes(analysis.weight.shape, analysis.factorization, tuple(ranks))
     if analysis.factorization is Factorization.TUCKER2:
         factors = _tucker(analysis, (ranks[0], ranks[1]), refinements)
     else:

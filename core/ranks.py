@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
         return chain_shapes(self.shape, self.analysis.factorization, ranks)
 
 
-class LayerPlan(NamedTuple):
+class RankPlan(NamedTuple):
     """What becomes of one layer; ``ranks`` is empty and ``reason`` says why where it stays as it is."""
 
     name: str
@@ -152,9 +152,10 @@ class ExplicitRanks(RankRule):
             if name not in known:
                 raise ValueError(f"ranks are given for {name!r}, which is not a layer that can be factorized; those "
                                  f"are {', '.join(map(repr, known)) or 'none'}")
-            full = known[name].full
-            if len(ranks) != len(full) or not all(1 <= rank <= most for rank, most in zip(ranks, full)):
-                raise ValueError(f"layer {name!r} has ranks of 1..{full}, got {tuple(ranks)}")
+            try:
+                known[name].shapes(tuple(ranks))
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
         return {name: tuple(ranks) for name, ranks in self.ranks.items()}
 
 
@@ -178,7 +179,7 @@ def toolbox_rule(reserved_singular_value_ratio: float = 0.5) -> RankRule:
                              Factorization.SEPARABLE: share})
 
 
-def plan_layers(kernels: Sequence[Kernel], rule: RankRule, alignment: Alignment) -> List[LayerPlan]:
+def plan_layers(kernels: Sequence[Kernel], rule: RankRule, alignment: Alignment) -> List[RankPlan]:
     """The plan of every layer, in order: factorized where that saves multiply-adds.
 
     Raises:
@@ -199,7 +200,7 @@ def plan_layers(kernels: Sequence[Kernel], rule: RankRule, alignment: Alignment)
     return plans
 
 
-def _plan(kernel: Kernel, ranks: Ranks, reason: str) -> LayerPlan:
+def _plan(kernel: Kernel, ranks: Ranks, reason: str) -> RankPlan:
     before = (chain_parameters([kernel.shape]), chain_multiply_adds([kernel.shape], kernel.stride))
     after = before
     if ranks:
@@ -209,7 +210,7 @@ def _plan(kernel: Kernel, ranks: Ranks, reason: str) -> LayerPlan:
             reason = "at ranks %s it would take %d multiply-adds per output position instead of %d" % (
                 ranks, after[1], before[1])
             ranks, after = (), before
-    return LayerPlan(kernel.name, kernel.analysis.factorization, ranks, reason, (before[0], after[0]),
+    return RankPlan(kernel.name, kernel.analysis.factorization, ranks, reason, (before[0], after[0]),
                      (before[1] * kernel.positions, after[1] * kernel.positions))
 
 
