@@ -99,12 +99,21 @@ def deploy(source: LayerSource, numbers: Numbers) -> DeployedLayer:
     if source.activation == "relu6":
         output_grid = capped_grid(output_grid, float(numbers.output_scale))
     params = LayerParams(
-        name=layer.name, output_names=(exported_name(source), live_name(source, bias is not None)),
+        name=layer.name, output_names=_spellings(source, bias is not None),
         input_scale=float(numbers.input_scale), output_scale=float(numbers.output_scale), weight_scales=scales,
         input_grid=source.input_grid, output_grid=output_grid, weight_grid=_flipped(source.kernel_grid, factor),
         method=source.method)
     on_grid = _convolution_kernel(levels.astype(np.float32) * _columns(scales, levels), layer)
     return DeployedLayer(source, on_grid, None if bias is None else bias.astype(np.float32), params)
+
+
+def _spellings(source: LayerSource, has_bias: bool) -> Tuple[str, ...]:
+    """The names under which the converter may know the output: in an exported graph, and in one stripped in place.
+
+    There the converter moves an activation behind the last reshape before it, and gives its output the reshape's name.
+    """
+    names = (exported_name(source), live_name(source, has_bias))
+    return names + (deployed_scope(source.layer.name) + "result",) if source.layer.kind is LayerKind.MATMUL else names
 
 
 def exported_name(source: LayerSource) -> str:

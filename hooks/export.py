@@ -51,7 +51,7 @@ def export_model(stem: str, session: tf.Session, clean: Any, rewriting: Rewritin
         params = os.path.join(folder, "params.bin")
         write_params_file(params, rewriting.deployed, append=False)
         with open(params, "rb") as file:
-            replace_all([(stem + ".pb", frozen.SerializeToString()), (stem + ".compress_params.bin", file.read())])
+            replace_all([(stem + ".pb", frozen.SerializeToString(deterministic=True)), (stem + ".compress_params.bin", file.read())])
 
 
 def write_params_file(filename: str, deployed: Sequence[DeployedLayer], append: bool) -> None:
@@ -65,7 +65,7 @@ def inference_graph(session: tf.Session, clean: Any, rewriting: Rewriting, outpu
     outputs = [find_tensor(copy, name).op.name for name in output_names]
     replacements.update(add_layers(copy, rewriting.deployed))
     replacements.update(add_poolings(copy, rewriting.network, rewriting.int8_safe))
-    redirect(copy, replacements)
+    redirect(copy, {**replacements, **without_dropout(copy, rewriting.network)})
     graph_def = _with_old_names(copy.as_graph_def(), _renames(replacements, rewriting.deployed))
     frozen = tf.graph_util.convert_variables_to_constants(session, graph_def, outputs)
     frozen = tf.graph_util.remove_training_nodes(frozen, protected_nodes=outputs)
@@ -74,14 +74,18 @@ def inference_graph(session: tf.Session, clean: Any, rewriting: Rewriting, outpu
 
 
 def inference_copy(clean: Any, network: Network) -> Tuple[tf.Graph, Replacements]:
-    """A graph of its own, without dropout, and what has to be replaced in it to make it infer."""
+    """A graph of its own, and what has to be added to it in the place of what to make it infer."""
     copy = tf.Graph()
     with copy.as_default():
         tf.import_graph_def(clean, name="")
-    redirect(copy, {name: copy.get_tensor_by_name(source.name) for name, source in network.dropouts.items()})
     replacements = add_inference_norms(copy, [norm for norm in network.norms.values() if norm.training])
     replacements.update(_placeholders(copy, network.within))
     return copy, replacements
+
+
+def without_dropout(graph: tf.Graph, network: Network) -> Replacements:
+    """What each dropout drops from, to be read in its place."""
+    return {name: graph.get_tensor_by_name(source.name) for name, source in network.dropouts.items()}
 
 
 def _placeholders(graph: tf.Graph, within: Any) -> Replacements:
@@ -102,7 +106,7 @@ def _renames(replacements: Replacements, deployed: Sequence[DeployedLayer]) -> D
     renames = {tensor.op.name: name.partition(":")[0] for name, tensor in replacements.items()
                if tensor.op.type != "Placeholder"}
     for layer in deployed:
-        exported, live = layer.params.output_names
+        exported, live = layer.params.output_names[:2]
         renames[deployed_scope(layer.params.name) + "convolution"] = layer.params.name
         renames[live] = exported
     return renames

@@ -9,6 +9,8 @@ import tensorflow.compat.v1 as tf
 _PASS_ON = frozenset({"Identity", "ReadVariableOp", "ExpandDims", "Reshape", "Squeeze", "Transpose", "Cast", "ConcatV2",
                       "Enter", "Switch", "StopGradient"})
 _VARIABLES = frozenset({"VariableV2", "Variable", "VarHandleOp"})
+#: operations that let a value through or not
+_GATES = frozenset({"Switch", "Enter"})
 _RANDOM = ("Random", "StatelessRandom", "TruncatedNormal", "ParameterizedTruncated", "Multinomial")
 
 
@@ -73,7 +75,8 @@ def constant_tensors(graph: tf.Graph) -> Set[str]:
     fixed = set()  # type: Set[str]
     for op in graph.get_operations():
         source = op.type in _VARIABLES or op.type == "Const"
-        computed = bool(op.inputs) and all(tensor.name in fixed for tensor in op.inputs)
+        inputs = list(op.inputs)[:1] if op.type in _GATES else op.inputs
+        computed = bool(inputs) and all(tensor.name in fixed for tensor in inputs)
         if source or (computed and not is_random(op.type)):
             fixed.update(tensor.name for tensor in op.outputs)
     return fixed

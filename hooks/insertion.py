@@ -15,7 +15,8 @@ import tensorflow.compat.v1 as tf
 from slimtrain.hooks.graph import connect, edges_from
 from slimtrain.hooks.state import SCOPE
 
-_SUMS = frozenset({"BiasAdd", "Add", "AddV2"})
+#: additions, as of a bias
+SUMS = frozenset({"BiasAdd", "Add", "AddV2"})
 _RECTIFIERS = frozenset({"Relu"})
 _QUANTIZED = re.compile(r"^(.*/)?{}/(.+)/quantized$".format(SCOPE))
 _TWIN = re.compile(r"^(.*/)?{}/(.+)/twin$".format(SCOPE))
@@ -50,24 +51,29 @@ def change_edge(op: tf.Operation, index: int, place: str, change: Change) -> Non
 
 def can_change_result(tensor: tf.Tensor) -> bool:
     """Whether ``change_result`` knows how to let the operation behind ``tensor`` pass a value through unchanged."""
-    return tensor.op.type in _SUMS | _RECTIFIERS
+    return tensor.op.type in SUMS | _RECTIFIERS
 
 
 def change_result(tensor: tf.Tensor, change: Change) -> None:
-    """Let the operation behind ``tensor`` itself produce ``change`` of what it produced: a twin does its old work.
+    """Let the operation behind ``tensor`` itself produce ``change`` of what it produced: a twin does its old work."""
+    with tf.name_scope("{}/{}/".format(SCOPE, place_name(tensor))):
+        changed = tf.identity(change(_twin(tensor.op)), name="passed_on")
+    changed.set_shape(tensor.shape)
+    pass_through(tensor, changed)
 
-    A sum then adds zero to the changed value, and a rectifier sees what is rectified already: both pass it on bit by bit.
+
+def pass_through(tensor: tf.Tensor, value: tf.Tensor) -> None:
+    """Let the operation behind ``tensor`` produce ``value``, bit by bit.
+
+    A sum then adds zero, and a rectifier sees what is rectified already.
     """
     op = tensor.op
-    with tf.name_scope("{}/{}/".format(SCOPE, place_name(tensor))):
-        twin = _twin(op)
-        changed = tf.identity(change(twin), name="passed_on")
-        changed.set_shape(tensor.shape)
-        data = _data_input(op)
-        if op.type in _SUMS:
-            other = op.inputs[1 - data]
+    data = _data_input(op)
+    if op.type in SUMS:
+        other = op.inputs[1 - data]
+        with tf.name_scope("{}/{}/".format(SCOPE, place_name(tensor))):
             op._update_input(1 - data, tf.zeros(other.shape.as_list(), other.dtype.base_dtype, name="zeros"))
-        op._update_input(data, changed)
+    op._update_input(data, value)
 
 
 def _twin(op: tf.Operation) -> tf.Tensor:

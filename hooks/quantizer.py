@@ -45,6 +45,14 @@ class Bits(NamedTuple):
     activation: int
 
 
+class Grids(NamedTuple):
+    """The levels of everything quantized, and how each layer is marked for the runtime."""
+
+    weights: Dict[str, Grid]
+    activations: Dict[Owner, Grid]
+    methods: Dict[str, QuantMethod]
+
+
 class GraphQuantizer:
     """Simulates a graph as MNN will run it in int8; the base of ``LSQQuantizer``, ``EMAQuantizer`` and ``OAQQuantizer``.
 
@@ -69,10 +77,10 @@ class GraphQuantizer:
         RuntimeError: the graph is finalized, has gradients or a session, or is quantized already.
     """
 
-    #: how the runtime is told that the layers were trained
-    method = QuantMethod.QAT
     #: whether the optimizer learns the scales
     learned = True
+    #: whether the results of layers are looked at while they train
+    watches = False
 
     def __init__(self, graph: Optional[tf.Graph], is_training: Optional[bool], skip_quant_layers: Sequence[str],
                  skip_quant_flag: Sequence[str], bits: int, debug_info: bool, retain_sparsity: bool, *,
@@ -196,7 +204,8 @@ class GraphQuantizer:
         produced = {call.fused for call in self._placement.calls}
         owners = {tensor: owner for tensor, owner in self._placement.quantizers.items() if tensor not in produced}
         scales = sess.run({tensor: self._scales[owner].stored for tensor, owner in owners.items()})
-        grids = [InputGrid(tensor, float(scales[tensor]), self._grids[owner]) for tensor, owner in owners.items()]
+        levels = self.current_grids(sess).activations
+        grids = [InputGrid(tensor, float(scales[tensor]), levels[owner]) for tensor, owner in owners.items()]
         return simulate_network(sess, self.clean, rewriting, grids, outputs, feed_dict)
 
     # -- what was done
@@ -233,12 +242,17 @@ class GraphQuantizer:
         """The levels of an activation."""
         return levels_of(self._grids[owner], owner in self._placement.non_negative)
 
+    def current_grids(self, sess: tf.Session) -> Grids:
+        """The levels as they are now."""
+        return Grids({name: self.weight_grid for name in self.layers}, self._grids,
+                     {name: QuantMethod.QAT for name in self.layers})
+
     def prepare(self) -> None:
         """Called before the graph is edited."""
 
-    def watch(self, layer: Layer, result: tf.Tensor) -> Optional[tf.Operation]:
-        """What has to run after ``layer`` computed ``result`` from quantized values, in training."""
-        return None
+    def watch(self, layer: Layer, result: tf.Tensor) -> tf.Operation:
+        """What has to run whenever ``layer`` computed ``result`` from quantized values; only if ``watches``."""
+        raise NotImplementedError
 
     # -- inside
 
@@ -306,23 +320,20 @@ class GraphQuantizer:
 
     def _adjust_result(self, layer: Layer, call: LayerCall) -> None:
         """Watch what a layer computes, and put the bias of a depthwise layer where MNN puts it."""
-        raw = layer.op.outputs[0]
-        watcher = self.watch(layer, raw)
         norm = self._folded_norm(call)
         shifted = layer.kind is LayerKind.DEPTHWISE and not self.only_trains and (layer.bias is not None or norm)
-        if watcher is None and not shifted:
+        if not (shifted or self.watches):
             return
 
         def change(values: tf.Tensor) -> tf.Tensor:
+            watcher = [self.watch(layer, values)] if self.watches else []
             if shifted:
                 step = self._scales[call.input].used * self._weight_scales[layer.name].used
                 values = bias_on_grid(values, step, layer.bias, norm, self._is_training)
-            if watcher is not None:
-                with tf.control_dependencies([watcher]):
-                    values = tf.identity(values)
-            return values
+            with tf.control_dependencies(watcher):
+                return tf.identity(values)
 
-        change_edges(raw, layer.name + "/result", change)
+        change_edges(layer.op.outputs[0], layer.name + "/result", change)
 
     def _folded_norm(self, call: LayerCall) -> Any:
         """The batch norm that the converter folds into a layer, if there is one."""
@@ -336,14 +347,15 @@ class GraphQuantizer:
         if not self.ready(sess):
             raise RuntimeError("the scales have not been set: run at least one training step, or restore a checkpoint "
                                "of a quantized run, before saving or exporting")
-        return [self._source(call) for call in self._placement.calls]
+        grids = self.current_grids(sess)
+        return [self._source(call, grids) for call in self._placement.calls]
 
-    def _source(self, call: LayerCall) -> LayerSource:
+    def _source(self, call: LayerCall, grids: Grids) -> LayerSource:
         layer = self.layers[call.layer]
         return LayerSource(layer, call, self._folded_norm(call), self._kernels[layer.name],
                            self._weight_scales[layer.name].stored, self._scales[call.input].stored,
-                           self._scales[call.output].stored, self.weight_grid, self._grids[call.input],
-                           self._grids[call.output], self.method)
+                           self._scales[call.output].stored, grids.weights[layer.name],
+                           grids.activations[call.input], grids.activations[call.output], grids.methods[layer.name])
 
     def _check_session(self, sess: tf.Session) -> None:
         if getattr(sess, "graph", None) is not self.graph:

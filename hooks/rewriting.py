@@ -137,9 +137,11 @@ def add_inference_norms(graph: tf.Graph, norms: Sequence[BatchNorm]) -> Replacem
 
 
 def redirect(graph: tf.Graph, replacements: Replacements) -> None:
-    """Move everything that reads a replaced tensor over to its replacement."""
+    """Move everything that reads a replaced tensor over to its replacement, or to what replaces that in turn."""
     edges = {name: edges_from(graph.get_tensor_by_name(name)) for name in replacements}
     for name, tensor in replacements.items():
+        while tensor.name in replacements:
+            tensor = replacements[tensor.name]
         connect(edges[name], tensor)
 
 

@@ -13,7 +13,7 @@ import tensorflow.compat.v1 as tf
 
 from slimtrain.core import Activation, Grid, IntegerConv, input_levels, same_padding, simulate_conv
 from slimtrain.hooks.deployment import DeployedLayer
-from slimtrain.hooks.export import inference_copy
+from slimtrain.hooks.export import inference_copy, without_dropout
 from slimtrain.hooks.graph import connect, edges_from, find_tensor
 from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.rewriting import Rewriting, redirect
@@ -45,7 +45,7 @@ def simulate_network(session: tf.Session, clean: Any, rewriting: Rewriting, grid
             _quantize_readers(graph, grid)
         layers = {layer.source.call.fused: _integer_layer(graph, layer) for layer in rewriting.deployed}
     replacements.update(layers)
-    redirect(graph, replacements)
+    redirect(graph, {**replacements, **without_dropout(graph, rewriting.network)})
     named = [find_tensor(graph, name) for name in outputs]
     ends = [replacements.get(tensor.name, tensor) for tensor in named]
     frozen = tf.graph_util.convert_variables_to_constants(session, graph.as_graph_def(), [end.op.name for end in ends])

@@ -7,11 +7,11 @@ otherwise the plain float network.
 from __future__ import annotations
 
 import logging
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Sequence
 
 import tensorflow.compat.v1 as tf
 
-from slimtrain.hooks.insertion import strip
+from slimtrain.hooks.insertion import SUMS, can_change_result, is_ours, pass_through, strip
 from slimtrain.hooks.rewriting import Rewriting, add_layers, add_poolings, redirect
 from slimtrain.hooks.state import COLLECTION
 
@@ -58,8 +58,22 @@ def strip_MNN_QAT_ops(graph: tf.Graph) -> None:  # noqa: N802 - the name of the 
                        "65536 weights or more, or followed by an activation, stay float: call save_compress_params "
                        "first, or use export")
         return
-    redirect(graph, {**add_poolings(graph, rewriting.network, rewriting.int8_safe),
-                     **add_layers(graph, rewriting.deployed)})
+    layers = add_layers(graph, rewriting.deployed)
+    ends = [name for name in layers if _is_end(graph.get_tensor_by_name(name), rewriting.network.outputs)]
+    redirect(graph, {**add_poolings(graph, rewriting.network, rewriting.int8_safe), **layers})
+    with graph.as_default():
+        for name, value in layers.items():
+            tensor = graph.get_tensor_by_name(name)
+            if can_change_result(tensor):
+                # for whoever freezes by this name; the converter would pull a plain sum into the convolution
+                pass_through(tensor, value * 2.0 * 0.5 if tensor.op.type in SUMS else value)
+            elif name in ends:
+                logger.warning("frozen by the name %s, its layer stays float: use export, or name what follows it (an "
+                               "identity, a softmax)", tensor.op.name)
+
+
+def _is_end(tensor: tf.Tensor, outputs: Sequence[str]) -> bool:
+    return tensor.name in outputs or not [op for op in tensor.consumers() if not is_ours(op.name)]
 
 
 def remember_deployed(graph: tf.Graph, rewriting: Rewriting) -> None:

@@ -50,7 +50,8 @@ def plain_net(x, training):
     return conv(y, "c3", 6, padding="VALID", seed=5)
 
 
-def mobile_net(x, training):
+def mobile_net(x, training, classes=130):
+    """Batch norm, depthwise, ReLU6, a residual sum, and a product of 512 features with more than 65536 weights."""
     y = tf.nn.relu6(batch_norm(conv(x, "c1", 8, stride=2, bias=False, seed=1), "b1", training, 2))
     y = tf.nn.relu6(batch_norm(depthwise(y, "d1", seed=3), "bd1", training, 4))
     short = batch_norm(conv(y, "p1", 8, 1, bias=False, seed=5), "bp1", training, 6)
@@ -60,7 +61,11 @@ def mobile_net(x, training):
     y = tf.nn.relu(tf.add(y, short))
     y = tf.nn.relu(conv(y, "last", 512, 1, seed=13))
     y = tf.reduce_mean(y, [1, 2])
-    return tf.nn.relu(dense(y, "fc", 1000, seed=15))
+    return tf.nn.relu(dense(y, "fc", classes, seed=15))
+
+
+def wide_net(x, training):
+    return mobile_net(x, training, 1000)
 
 
 def pool_net(x, training):

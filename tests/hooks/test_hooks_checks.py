@@ -1,0 +1,161 @@
+"""Graphs and arguments that are refused, each with the sentence that mends it."""
+import gc
+
+import pytest
+import tf_nets
+from tf_setup import IS_1, MODE, session, tf
+
+from slimtrain.hooks import LSQQuantizer, LSQQuantizerHook, OAQQuantizer, get_qat_state_placeholder
+
+
+@pytest.fixture
+def graph():
+    gc.collect()
+    with tf.Graph().as_default() as built:
+        tf_nets.conv(tf.placeholder(tf.float32, [2, 8, 8, 3], name="x"), "c", 4)
+        yield built
+
+
+def test_a_finalized_graph(graph):
+    graph.finalize()
+    with pytest.raises(RuntimeError, match="before the .monitored. session"):
+        LSQQuantizer(graph)
+
+
+def test_a_graph_with_gradients(graph):
+    tf.train.GradientDescentOptimizer(0.1).minimize(tf.reduce_sum(graph.get_tensor_by_name("c/biased:0")))
+    with pytest.raises(RuntimeError, match="before the optimizer"):
+        LSQQuantizer(graph)
+
+
+def test_a_graph_with_gradients_alone(graph):
+    tf.gradients(graph.get_tensor_by_name("c/biased:0"), tf.trainable_variables())
+    with pytest.raises(RuntimeError, match="gradients"):
+        LSQQuantizer(graph)
+
+
+def test_a_graph_with_a_session(graph):
+    with session(graph):
+        with pytest.raises(RuntimeError, match="close that session"):
+            LSQQuantizer(graph)
+    LSQQuantizer(graph)
+
+
+def test_a_session_of_another_graph_is_none_of_its_business(graph):
+    with session(tf.Graph()):
+        LSQQuantizer(graph)
+
+
+def test_a_second_quantizer(graph):
+    LSQQuantizer(graph)
+    with pytest.raises(RuntimeError, match="one quantizer per graph"):
+        LSQQuantizer(graph)
+
+
+@pytest.mark.skipif(IS_1 or MODE == "reference", reason="control flow is not of version 2")
+def test_layers_hidden_in_a_branch():
+    with tf.Graph().as_default() as graph:
+        x = tf.placeholder(tf.float32, [2, 8, 8, 3])
+        w = tf_nets.variable("w", [3, 3, 3, 4], 0)
+        tf.cond(tf.reduce_sum(x) > 0, lambda: tf.nn.conv2d(x, w, strides=1, padding="SAME"), lambda: tf.zeros([2, 8, 8, 4]))
+        with pytest.raises(ValueError, match="disable_control_flow_v2"):
+            LSQQuantizer(graph)
+
+
+@pytest.mark.skipif(not IS_1 and MODE == "resource", reason="control flow is not of version 1")
+def test_layers_in_a_version_1_branch_stay_float():
+    with tf.Graph().as_default() as graph:
+        x = tf.placeholder(tf.float32, [2, 8, 8, 3])
+        w = tf_nets.variable("w", [3, 3, 3, 4], 0)
+        y = tf.cond(tf.reduce_sum(x) > 0, lambda: tf.nn.conv2d(x, w, strides=1, padding="SAME"),
+                    lambda: tf.zeros([2, 8, 8, 4]))
+        tf_nets.conv(y, "c", 4)
+        rows = LSQQuantizer(graph, True).coverage().layers
+    assert [(row.state.value, "cond or while_loop" in row.reason) for row in rows] == [("float", True), ("int8", False)]
+
+
+def test_nothing_to_quantize():
+    with tf.Graph().as_default() as graph:
+        tf.nn.relu(tf.placeholder(tf.float32, [1]))
+        with pytest.raises(ValueError, match="nothing to quantize"):
+            LSQQuantizer(graph)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(bits=1), ValueError, "from 2 to 8"),
+    (dict(bits=9), ValueError, "from 2 to 8"),
+    (dict(activation_bits=16), ValueError, "from 2 to 8"),
+    (dict(is_training=1), TypeError, "None, True or False"),
+    (dict(skip_quant_layers=["c/conf"]), ValueError, "c/conv"),
+    (dict(skip_quant_layers="c/conv"), TypeError, "one string"),
+    (dict(skip_quant_flag="c"), TypeError, "sequence"),
+    (dict(output_names="c/biased"), TypeError, "sequence"),
+    (dict(output_names=["nothing"]), ValueError, "no tensor named"),
+    (dict(skip_quant_flag=["c/"]), ValueError, "skipped"),
+])
+def test_bad_arguments(graph, arguments, error, message):
+    with pytest.raises(error, match=message):
+        LSQQuantizer(graph, **arguments)
+
+
+@pytest.mark.parametrize("clamp", [-1, 128, 3.5])
+def test_a_bad_clamp(graph, clamp):
+    with pytest.raises(ValueError, match="min_clamp_value"):
+        OAQQuantizer(graph, min_clamp_value=clamp)
+
+
+def test_a_graph_must_be_a_graph():
+    with pytest.raises(TypeError, match="tf.Graph"):
+        LSQQuantizer(tf.GraphDef())
+
+
+def test_a_hook_with_a_folder_needs_to_know_what_leaves_the_network(graph, tmp_path):
+    with pytest.raises(ValueError, match="output_names"):
+        LSQQuantizerHook(export_dir=str(tmp_path))
+
+
+def test_a_hook_in_the_wrong_graph(graph):
+    hook = LSQQuantizerHook(graph)
+    with tf.Graph().as_default():
+        with pytest.raises(RuntimeError, match="construct the hook in the graph"):
+            hook.begin()
+
+
+def test_a_checkpoint_that_is_none(graph, tmp_path):
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        LSQQuantizerHook(init_checkpoint=str(tmp_path / "nothing"))
+
+
+def test_a_checkpoint_of_another_model(graph, tmp_path):
+    with tf.Graph().as_default() as other:
+        variable = tf.get_variable("something", [2])
+        saver = tf.train.Saver([variable])
+        with session(other) as run:
+            run.run(variable.initializer)
+            path = saver.save(run, str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="no variable in common"):
+        LSQQuantizerHook(init_checkpoint=path)
+
+
+def test_saving_before_the_first_step(graph, tmp_path):
+    quantizer = LSQQuantizer(graph, True, output_names=["c/biased"])
+    init = tf.global_variables_initializer()
+    with session(graph) as run:
+        run.run(init)
+        with pytest.raises(RuntimeError, match="at least one training step"):
+            quantizer.save_compress_params(str(tmp_path / "p.bin"), run)
+        with pytest.raises(RuntimeError, match="at least one training step"):
+            quantizer.export(str(tmp_path / "net"), run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_session_of_another_graph(graph):
+    quantizer = LSQQuantizer(graph)
+    with session(tf.Graph()) as run:
+        with pytest.raises(RuntimeError, match="not of the graph"):
+            quantizer.update(run)
+
+
+def test_the_state_of_a_graph_that_is_not_quantized(graph):
+    with pytest.raises(ValueError, match="no quantizer"):
+        get_qat_state_placeholder()
