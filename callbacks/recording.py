@@ -5,6 +5,7 @@ which tensors are quantized; the plan keeps that decision under the tensors' nam
 """
 from __future__ import annotations
 
+import logging
 from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Set, Tuple
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from slimtrain.callbacks.operations import argument, tensors_in
 from slimtrain.callbacks.tracking import Call, Handler, Mark, Tracker
 from slimtrain.core import Op, OpKind, Placement, Quantizer, Role, place
+
+logger = logging.getLogger(__name__)
 
 
 class PlannedCall(NamedTuple):
@@ -69,7 +72,7 @@ class Recorder(Handler):
     def __init__(self, batch_norms: Mapping[int, str]) -> None:
         self._batch_norms = batch_norms  #: id of a running mean -> name of its module
         self._ops: List[Op] = []
-        self._names: Dict[str, Set[str]] = {}      #: tensor -> every name it goes by
+        self._names: Dict[str, List[str]] = {}     #: tensor -> its own name, then those it has as an argument
         self._outputs: List[str] = []
         self._folded: Dict[str, str] = {}          #: tensor -> batch norm that made it
         self._sources: Set[str] = set()            #: inputs of the network
@@ -79,7 +82,7 @@ class Recorder(Handler):
         if not value.is_floating_point():
             return value
         mark = tracker.mark_of(value) or self._source(tracker.mark(value, name), value)
-        self._names[_key(mark)].add(name)
+        self._names[_key(mark)].append(name)
         return value
 
     def execute(self, call: Call, tracker: Tracker) -> Any:
@@ -94,7 +97,7 @@ class Recorder(Handler):
         assert mark is not None
         sources = tuple(_key(source) for source in self._running.marks if source is not None)
         self._ops.append(Op(_key(mark), call.kind, sources, call.layer))
-        self._names[_key(mark)] = {mark.name}
+        self._names[_key(mark)] = [mark.name]
         if call.kind is OpKind.BATCH_NORM:
             running_mean = argument(call.args, call.kwargs, 1, "running_mean")
             self._folded[_key(mark)] = self._batch_norms.get(id(running_mean), "")
@@ -108,7 +111,7 @@ class Recorder(Handler):
                 self._outputs.append(_key(mark))
         placement = place(self._ops, self._outputs)
         producer = {op.output: op for op in self._ops}
-        owners = {name: owner for tensor, owner in placement.on_grid.items() for name in self._names[tensor]}
+        owners = self._owners(placement)
         fused: Set[str] = set()
         calls = []
         for call in placement.calls:
@@ -120,6 +123,21 @@ class Recorder(Handler):
                 next((producer[tensor].kind.value for tensor in chain if producer[tensor].kind in _ACTIVATIONS), "")))
         return Plan(owners, frozenset(fused), tuple(calls), self._non_negative(placement))
 
+    def _owners(self, placement: Placement) -> Dict[str, Quantizer]:
+        """Owners by name. A name of tensors on different grids (of a module used twice) is left to their readers."""
+        by_name: Dict[str, Set[Quantizer]] = {}
+        passed: Dict[str, Set[Quantizer]] = {}
+        for tensor, owner in placement.on_grid.items():
+            made, *arguments = self._names[tensor]
+            by_name.setdefault(made, set()).add(owner)
+            for name in arguments:
+                (by_name if tensor in self._sources else passed).setdefault(name, set()).add(owner)
+        for name in sorted(name for name, owners in by_name.items() if len(owners) > 1):
+            logger.warning("tensor %r is on another grid each time its module runs; it is quantized where a layer reads "
+                           "it, and not for other readers", name)
+        # a tensor made inside is quantized when it is passed on; its names as an argument serve calls from outside
+        return {name: next(iter(owners)) for name, owners in {**passed, **by_name}.items() if len(owners) == 1}
+
     def _non_negative(self, placement: Placement) -> FrozenSet[Quantizer]:
         """Owners that are never below zero; for inputs of the network the recorded data speak (an image in [0, 1])."""
         by_owner: Dict[Quantizer, Set[str]] = {}
@@ -130,7 +148,7 @@ class Recorder(Handler):
 
     def _source(self, mark: Mark, value: Tensor) -> Mark:
         self._sources.add(_key(mark))
-        self._names[_key(mark)] = {mark.name}
+        self._names[_key(mark)] = [mark.name]
         if bool((value >= 0).all()):
             self._non_negative_sources.add(_key(mark))
         return mark

@@ -213,7 +213,9 @@ class Tracker(TorchFunctionMode):
     def _latest(self, value: Tensor) -> Tensor:
         """The tensor itself, or what a handler put in the place of one that was changed in place."""
         mark = self.mark_of(value)
-        return value if mark is None or mark.replacement is None else mark.replacement
+        while mark is not None and mark.replacement is not None:
+            value, mark = mark.replacement, self.mark_of(mark.replacement)
+        return value
 
     # -- operations
 
