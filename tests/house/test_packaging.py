@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+import slimtrain.proto
 from sources import FOLDERS, ROOT, repository_files
 
 LIBRARY = {path.as_posix() for path in repository_files() if path.parts[0] in FOLDERS}
@@ -61,6 +62,10 @@ def test_every_data_file_is_declared(setup_cfg):
     left_out = [path for path in sorted(LIBRARY) if not path.endswith(".py") and not any(
         fnmatch.fnmatch(path.split("/")[1], pattern) for pattern in patterns[path.split("/")[0]])]
     assert left_out == []
+
+
+def test_both_versions_are_the_same(setup_cfg):
+    assert slimtrain.proto.VERSION == setup_cfg["metadata"]["version"]
 
 
 def test_pyproject_holds_the_build_system_alone():
