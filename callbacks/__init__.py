@@ -5,6 +5,8 @@ from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, 
 from slimtrain.callbacks.low_rank_structure import apply_structure, restore_dense
 from slimtrain.callbacks.lsq_callback import LSQQuantizerCallback
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
+from slimtrain.callbacks.weight_quantizer import WeightQuantizer
+from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallback
 
 __all__ = [
     "Deployed",
@@ -13,6 +15,8 @@ __all__ = [
     "LSQQuantizer",
     "LSQQuantizerCallback",
     "LowRankDecomposition",
+    "WeightQuantizer",
+    "WeightQuantizerCallback",
     "apply_structure",
     "low_rank_decompose",
     "restore_dense",

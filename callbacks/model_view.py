@@ -4,12 +4,13 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from typing import Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimtrain.callbacks.layer_scales import SCALES, LayerScales
+from slimtrain.callbacks.operations import map_tensors
 from slimtrain.callbacks.tracking import OwnHook
 
 # where torch keeps the forward hooks of a module, and which of them want keyword arguments or are always called
@@ -65,6 +66,18 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
         finally:
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+def run_double(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run a model in evaluation mode in float64; its parameters stay what they are."""
+    tensors = {name: _double(value.detach())
+               for name, value in (*model.named_parameters(), *model.named_buffers())}
+    with torch.no_grad(), evaluation(model):
+        return torch.func.functional_call(model, tensors, map_tensors(_double, args), map_tensors(_double, dict(kwargs)))
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 def submodule(model: nn.Module, path: Optional[str]) -> nn.Module:

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+
 from mnn_weights import decode
 from onnx_convolutions import Branch, model
-
 from slimtrain.core import WeightMode, stored_weight
 from slimtrain.proto import ConvertOptions, convert, run_model
 
@@ -64,7 +64,7 @@ def test_levels_are_those_of_the_converter(weights, mode, bits, block, tmp_path)
 def test_values_are_what_the_runtime_multiplies_with(weights, mode, tmp_path):
     path = _convert(weights, tmp_path, ConvertOptions(weight_bits=3, asymmetric=mode is WeightMode.ASYMMETRIC))
     for index, weight in enumerate(weights):
-        outputs, inputs, height, width = weight.shape
+        _, inputs, height, width = weight.shape
         values = stored_weight(weight, 3, mode).values.astype(np.float64)
         x = np.random.RandomState(index).randn(1, inputs, 4, 4).astype(np.float32)
         windows = np.lib.stride_tricks.as_strided(

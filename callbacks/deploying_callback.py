@@ -1,0 +1,205 @@
+"""A compression that a model is trained with and deployed by, inside a Lightning Trainer."""
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from typing import Any, Callable, Dict, Mapping, Optional, Protocol
+
+from torch import nn
+
+from slimtrain.callbacks.callback import CompressionCallback, example_from_batch
+from slimtrain.callbacks.exporting import Deployed, Exported
+from slimtrain.callbacks.operations import map_tensors
+from slimtrain.core import Coverage, LayerState
+
+logger = logging.getLogger(__name__)
+
+
+class Deployable(Protocol):
+    """The object behind such a callback: a simulation on a model, and the way to its files."""
+
+    model: nn.Module
+
+    def attach(self) -> None:
+        """Make the model compute as it will be deployed."""
+
+    def detach(self) -> None:
+        """Give back the float model."""
+
+    def open_step(self) -> None:
+        """A training step begins: what it runs outside any module belongs to the model itself."""
+
+    def close_step(self) -> None:
+        """A training step has run its forward; does nothing when none is open."""
+
+    def coverage(self) -> Coverage:
+        """Each parameterised layer and how it is deployed."""
+
+    @property
+    def export(self) -> Callable[..., Exported]:
+        """Write the files, from a path without suffix and an example input."""
+
+    @property
+    def deploy(self) -> Callable[..., Deployed]:
+        """Write, convert and compare, from a path without suffix and an example input."""
+
+    def state_dict(self) -> Dict[str, Any]:
+        """State as plain tensors, numbers and strings."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+
+
+class DeployingCallback(CompressionCallback):
+    """Base of the callbacks that simulate the deployed model in training and write it at the end.
+
+    Args:
+        module: see :class:`CompressionCallback`.
+        export_to: path without suffix of what is written at the end of ``fit``; None for the LightningModule's name
+            in the Trainer's log folder, "" for no export.
+        export_checkpoints: also export beside every checkpoint.
+    """
+
+    def __init__(self, module: str = "", export_to: Optional[str] = None, export_checkpoints: bool = False) -> None:
+        super().__init__(module)
+        self.export_to = export_to
+        self.export_checkpoints = export_checkpoints
+        self.deployed: Optional[Deployed] = None   #: what the end of ``fit`` wrote, where MNN is installed
+        self._quantizer: Any = None
+        self._example: Any = None
+
+    def make_quantizer(self, model: nn.Module) -> Deployable:
+        """The object that this callback drives."""
+        raise NotImplementedError
+
+    @property
+    def quantizer(self) -> Any:
+        """The quantizer of the model.
+
+        Raises:
+            RuntimeError: the callback has not been set up yet.
+        """
+        if self._quantizer is None:
+            raise RuntimeError("the callback has no model yet: run trainer.fit, validate or test first")
+        return self._quantizer
+
+    def is_ready(self) -> bool:
+        """Whether the model computes as it will be deployed, so that it can be written."""
+        return True
+
+    # -- state
+
+    def attach(self, model: nn.Module) -> None:
+        if self._quantizer is not None:
+            self._quantizer.detach()
+        self._quantizer = self.make_quantizer(model)
+        self._quantizer.attach()
+
+    def compression_state(self) -> Dict[str, Any]:
+        return self.quantizer.state_dict()
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        self.quantizer.load_state_dict(state)
+
+    # -- an example of the model's input
+
+    def remember(self, example: Any) -> Any:
+        """Keep the first example that comes, for the export; returns it."""
+        if self._example is None:
+            self._example = map_tensors(lambda value: value.detach().cpu(), example)
+        return example
+
+    # -- steps: operations that a step runs outside any module belong to the LightningModule
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.remember(example_from_batch(self.quantizer.model, batch))
+        self._open(pl_module)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        self._close(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._close(pl_module)
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int,
+                                  dataloader_idx: int = 0) -> None:
+        self._open(pl_module)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
+                                dataloader_idx: int = 0) -> None:
+        self._close(pl_module)
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int,
+                            dataloader_idx: int = 0) -> None:
+        self._open(pl_module)
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
+                          dataloader_idx: int = 0) -> None:
+        self._close(pl_module)
+
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int,
+                               dataloader_idx: int = 0) -> None:
+        self._open(pl_module)
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
+                             dataloader_idx: int = 0) -> None:
+        self._close(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._quantizer is not None:
+            self._close(pl_module)
+
+    def _open(self, pl_module: Any) -> None:
+        self._close(pl_module)
+        if self.quantizer.model is pl_module:
+            self.quantizer.open_step()
+
+    def _close(self, pl_module: Any) -> None:
+        if self.quantizer.model is pl_module:
+            self.quantizer.close_step()
+
+    # -- files
+
+    def export(self, stem: str, example_input: Any = None, **options: Any) -> Exported:
+        """Write ``stem.onnx`` and ``stem.compress_params.bin``; see the quantizer's method.
+
+        Args:
+            stem: path without suffix.
+            example_input: the model's ``example_input_array`` or first training batch when None.
+        """
+        return self.quantizer.export(stem, self._example_or(example_input), **options)
+
+    def deploy(self, stem: str, example_input: Any = None, **options: Any) -> Deployed:
+        """Export, convert with MNN and compare with the simulation; see the quantizer's method."""
+        return self.quantizer.deploy(stem, self._example_or(example_input), **options)
+
+    def _example_or(self, given: Any) -> Any:
+        array = getattr(self.quantizer.model, "example_input_array", None)
+        found = next((value for value in (given, array, self._example) if value is not None), None)
+        if found is None:
+            raise RuntimeError("no example input is known before training: pass example_input, or set "
+                               "example_input_array on the model")
+        device = next(self.quantizer.model.parameters()).device
+        return map_tensors(lambda value: value.to(device), found)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.export_to == "" or not trainer.is_global_zero:
+            return
+        stem = self.export_to or os.path.join(trainer.log_dir or trainer.default_root_dir, type(pl_module).__name__)
+        if importlib.util.find_spec("MNN") is None:
+            files = self.export(stem)
+            logger.info("wrote %s and %s (MNN is not installed: not converted)", files.onnx, files.params)
+            return
+        self.deployed = self.deploy(stem)
+        logger.info("wrote %s: %d bytes, %.0f %% of the weights quantized, %.0f dB against the simulation",
+                    self.deployed.mnn, self.deployed.bytes, 100 * _share(self.quantizer.coverage()),
+                    self.deployed.sqnr_db)
+
+    def checkpoint_saved(self, trainer: Any, path: str) -> None:
+        if self.export_checkpoints and trainer.is_global_zero and self.is_ready():
+            self.export(os.path.splitext(path)[0])
+
+
+def _share(coverage: Coverage) -> float:
+    return 1.0 - coverage.share(LayerState.FLOAT)
