@@ -78,10 +78,16 @@ test-slow: ## Run the tests marked slow in every environment
 
 # --- lint -------------------------------------------------------------------------------------------------
 
-.PHONY: lint
-lint: env-torch ## Check style, types and the syntax of Python 3.7
+.PHONY: lint lint-style lint-types lint-syntax
+lint: lint-style lint-types lint-syntax ## Check style, types and the syntax of Python 3.7
+
+lint-style: env-torch
 	.venv/torch/bin/ruff check
+
+lint-types: env-torch
 	.venv/torch/bin/mypy
+
+lint-syntax: env-torch
 	.venv/torch/bin/pytest --quiet tests/house/test_house_syntax.py
 
 # --- what it is for ---------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_every_data_file_is_declared(setup_cfg):
 
 
 def test_both_versions_are_the_same(setup_cfg):
-    assert slimtrain.proto.VERSION == setup_cfg["metadata"]["version"]
+    assert setup_cfg["metadata"]["version"] == slimtrain.proto.VERSION
 
 
 def test_pyproject_holds_the_build_system_alone():
