@@ -15,7 +15,7 @@ from slimtrain.proto.params import (
     write_params,
 )
 from slimtrain.proto.runtime import measure_latency, run_model
-from slimtrain.proto.verify import OutputDeviation, Verification, verify
+from slimtrain.proto.verification import OutputDeviation, Verification, verify
 from slimtrain.proto.version import VERSION
 
 __all__ = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import contextmanager
-from typing import Any, Iterator, NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
 import click
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from slimtrain.core import CoverageError, SlimtrainError
@@ -19,7 +19,7 @@ from slimtrain.proto.converter import convert
 from slimtrain.proto.mnnfile import inspect_model
 from slimtrain.proto.options import ConvertOptions
 from slimtrain.proto.params import params_to_json, read_params
-from slimtrain.proto.verify import Verification, verify
+from slimtrain.proto.verification import Verification, verify
 from slimtrain.proto.version import VERSION
 
 CHECK_FAILED = 1
@@ -171,14 +171,9 @@ def main() -> None:
     cli(prog_name="slimtrain")
 
 
-@contextmanager
-def _spinner(text: str) -> Iterator[None]:
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(text):
-        yield
+def _spinner(text: str) -> Status:
+    """Moves on a terminal while the work inside its ``with`` lasts; elsewhere it shows nothing."""
+    return Console(stderr=True).status(text)
 
 
 def _print(table: Table) -> None:

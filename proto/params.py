@@ -119,8 +119,8 @@ def params_from_json(text: str, source: str = "JSON") -> Message:
     pipeline = Pipeline()
     try:
         json_format.Parse(text, pipeline)
-    # Beside its own errors the parser lets through those of the values it was given.
-    except (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    # Beside its own errors the parser lets through those of odd values and of deep nesting.
+    except (json_format.ParseError, RecursionError, TypeError, ValueError) as error:
         raise ParameterFileError(f"{source}: not compression parameters in JSON: {error}") from error
     missing = pipeline.FindInitializationErrors()
     if missing:

@@ -14,7 +14,7 @@ from slimtrain.proto.converter import Conversion
 from slimtrain.proto.mnnfile import MnnModel
 from slimtrain.proto.schema import CompressionAlgo, Message
 from slimtrain.proto.validation import is_full, layer_name
-from slimtrain.proto.verify import Verification
+from slimtrain.proto.verification import Verification
 
 _RIGHT = ("weights", "share", "bits", "SQNR (dB)", "max error", "in output steps")
 

@@ -121,4 +121,4 @@ def _plain(name: str, values: np.ndarray) -> np.ndarray:
         raise TypeError(f"input {name!r} must hold {', '.join(_DTYPES)}, got {array.dtype}")
     if not array.size:
         raise ValueError(f"input {name!r} is empty, shape {array.shape}")
-    return np.ascontiguousarray(array)
+    return array

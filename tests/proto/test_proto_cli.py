@@ -43,7 +43,7 @@ def run(*words):
 def params(tmp_path, chain):
     """Parameters of the first convolution of the chain."""
     conv = chain.convs[0]
-    return save_layers(str(tmp_path / "p.bin"), layer("block[0].conv", (conv.tensor,), channels=8))
+    return save_layers(str(tmp_path / "p.bin"), layer("block[group 0].conv", (conv.tensor,), channels=8))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_inspect_parameters(params):
     status, output, _ = run("inspect", params)
     assert status == OK
     for text in (
-        "block[0].conv",
+        "block[group 0].conv",
         "int8",
         "0.5 in [-127, 127]",
         "8 x 0.125..0.125",
@@ -94,7 +94,7 @@ def test_inspect_parameters_as_json(params, tmp_path):
     assert status == OK
     assert params_from_json(output) == read_params(params)
     (tmp_path / "p.json").write_text(output)
-    assert "block[0].conv" in run("inspect", tmp_path / "p.json")[1]
+    assert "block[group 0].conv" in run("inspect", tmp_path / "p.json")[1]
 
 
 def test_inspect_a_model(float_mnn, chain):
@@ -113,7 +113,7 @@ def test_convert(chain, params, tmp_path):
     out = tmp_path / "out.mnn"
     status, output, errors = run("convert", chain.path, "--params", params, "-o", out)
     assert (status, errors) == (OK, "")
-    assert "block[0].conv" in output and "100.0% of the weights asked for are int8" in output
+    assert "block[group 0].conv" in output and "100.0% of the weights asked for are int8" in output
     assert f"{out.stat().st_size:,} bytes" in output
 
 
@@ -125,7 +125,7 @@ def test_convert_as_json(chain, params, tmp_path):
     value = json.loads(output)
     assert status == OK
     assert (value["coverage"], value["bytes"], value["path"]) == (1.0, out.stat().st_size, str(out))
-    assert [(item["name"], item["state"]) for item in value["layers"]] == [("block[0].conv", "int8")]
+    assert [(item["name"], item["state"]) for item in value["layers"]] == [("block[group 0].conv", "int8")]
     assert {item["state"] for item in value["unasked"]} == {"weight only"}
 
 

@@ -21,7 +21,7 @@ ALLOWED = {"slimtrain.core", "slimtrain.proto", "numpy", "google.protobuf"}
 EXTRA = {
     "cli.py": {"click", "rich"},
     "report.py": {"rich"},
-    "verify.py": {"onnxruntime"},
+    "verification.py": {"onnxruntime"},
     "_runner.py": {"MNN"},
 }
 HEAVY = {

@@ -22,7 +22,8 @@ DUMP = """
 [ 1 ]
 , "type": "Convolution" }
 ,
-{ "main": { "factor": -nan }, "name": "a \\" inf", "inputIndexes": [ 1 ], "outputIndexes": [ 2 ], "type": "Reshape" }
+{ "main": { "factor": -nan, "low": -inf, "high": inf },
+"name": "a \\" inf", "inputIndexes": [ 1 ], "outputIndexes": [ 2 ], "type": "Reshape" }
  ]
 , "extraTensorDescribe":
 [
@@ -47,6 +48,11 @@ def test_numbers_that_json_cannot_hold_and_names_that_look_like_them():
     assert layer.state is LayerState.FLOAT
     assert model.writers == {"inf": "Convolution", "moved": "Reshape", "q": "MatMul"}
     assert model.steps == {"inf": 0.25, "moved": 0.25}
+
+
+def test_weights_computed_by_the_model_are_not_its_own():
+    (layer,) = parse_dump(DUMP.replace("[ 0 ]", "[ 0, 2 ]").splitlines(keepends=True)).layers
+    assert (layer.inputs, layer.parameters) == (2, 0)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from slimtrain.core import ConversionError, sqnr_db
 from slimtrain.proto import convert, measure_latency, run_model
 from slimtrain.proto import process as process_module
 from slimtrain.proto.mnnfile import CONVERTER_CODE
+from slimtrain.proto.runtime import execute
 
 
 def test_float_model_computes_what_its_framework_computes(chain, float_mnn):
@@ -88,6 +89,7 @@ def test_a_crash_of_the_runtime_is_an_error_of_ours(tmp_path, chain):
 
 
 def test_latency(chain, float_mnn):
+    assert len(execute(float_mnn, chain.inputs, repeats=3, warm_up=2).milliseconds) == 3
     assert 0 < measure_latency(float_mnn, chain.inputs, repeats=3, warm_up=0) < 1000
     with pytest.raises(ValueError, match="repeats"):
         measure_latency(float_mnn, chain.inputs, repeats=0)
@@ -97,6 +99,11 @@ def test_missing_mnn(float_mnn, chain, monkeypatch):
     monkeypatch.setattr(process_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConversionError, match="pip install"):
         run_model(float_mnn, chain.inputs)
+
+
+def test_children_work_in_the_folder_they_are_given(tmp_path):
+    program = "import os; print(os.getcwd())"
+    assert process_module.run_child(["-c", program], str(tmp_path), 60, "asking").strip() == str(tmp_path)
 
 
 def test_relative_search_paths_reach_the_child(monkeypatch, tmp_path):

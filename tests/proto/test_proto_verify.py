@@ -6,7 +6,8 @@ import pytest
 from sample_models import HAS_ONNX
 from slimtrain.core import ConversionError
 from slimtrain.proto import Simulation, load_inputs, load_simulation, save_simulation, verify
-from slimtrain.proto.verify import _compare
+from slimtrain.proto.runtime import Run
+from slimtrain.proto.verification import _compare
 
 
 def recording(deployed, **changes):
@@ -62,6 +63,17 @@ def test_outputs_that_the_model_lacks(deployed):
 def test_single_outputs_need_not_have_the_same_name(deployed):
     outputs = {"module.y": deployed.outputs["y"]}
     assert verify(deployed.path, recording(deployed, outputs=outputs, scales={}), repeats=1).sqnr_db > 100
+
+
+def test_the_worst_output_counts(deployed, monkeypatch):
+    y = deployed.outputs["y"]
+    run = Run({"y": y, "z": y + np.float32(2)}, (1.0, 3.0, 2.0))
+    monkeypatch.setattr("slimtrain.proto.verification.execute", lambda *args, **kwargs: run)
+    twins = recording(deployed, outputs={"y": y, "z": y}, scales={"y": 0.5, "z": 0.5})
+    result = verify(deployed.path, twins)
+    assert result.sqnr_db == result.outputs[1].sqnr_db < result.outputs[0].sqnr_db
+    assert (result.max_error, result.max_steps) == (pytest.approx(2), pytest.approx(4))
+    assert result.milliseconds == 2.0
 
 
 def test_other_shapes_do_not_belong_together(deployed):
