@@ -85,6 +85,20 @@ class Quantizer:
         """The scales, as parameters."""
         return [parameter for scales in self.scales.values() for parameter in scales.parameters()]
 
+    # -- what an algorithm decides
+
+    def choose_weight_scale(self, weight: np.ndarray, grid: Grid) -> np.ndarray:
+        """The start of a weight's scales, one per output channel: least squared error."""
+        return mse_scale(weight, grid, axis=0)
+
+    def choose_activation_scale(self, value: Tensor, grid: Grid) -> float:
+        """The scale that one tensor asks for: least squared error."""
+        return choose_activation_scale(value, grid)
+
+    def make_simulation(self) -> Simulation:
+        """What runs the model from now on."""
+        return Simulation(self.modules(), self.known_plan())
+
     # -- presence on the model
 
     def attach(self) -> None:
@@ -135,7 +149,7 @@ class Quantizer:
             for batch in batches:
                 args, kwargs = arguments(batch)
                 if calibration is None:
-                    calibration = Calibration(self.modules(), self.record(args, kwargs), choose_activation_scale)
+                    calibration = Calibration(self.modules(), self.record(args, kwargs), self.choose_activation_scale)
                 with self._handling(calibration):
                     self.model(*args, **kwargs)
                 count += 1
@@ -163,7 +177,7 @@ class Quantizer:
         """Choose the weight scales anew, from the weights as they are."""
         for name, layer in self.layers.items():
             scales = self.scales[name]
-            start = mse_scale(layer.weight.detach().float().cpu().numpy(), scales.weight_grid, axis=0)
+            start = self.choose_weight_scale(layer.weight.detach().float().cpu().numpy(), scales.weight_grid)
             with torch.no_grad():
                 scales.weight.copy_(torch.from_numpy(np.asarray(start)))
                 if scales.keep is not None:
@@ -176,7 +190,7 @@ class Quantizer:
 
     def simulate_from_now(self) -> None:
         """From the next run on, the model computes as it will be deployed."""
-        self._tracker.handler = Simulation(self.modules(), self.known_plan())
+        self._tracker.handler = self.make_simulation()
         if self._debug:
             for name in self.layers:
                 scales = scales_of(self.layers[name])
