@@ -62,7 +62,7 @@ def channel_plan(classes: ChannelClasses, keep: np.ndarray) -> ChannelPlan:
     return ChannelPlan(layers, vectors)
 
 
-def plan_keeps(classes: ChannelClasses, keep: np.ndarray) -> "Mapping[str, np.ndarray]":
+def plan_keeps(classes: ChannelClasses, keep: np.ndarray) -> Mapping[str, np.ndarray]:
     """For each layer a bool array [out_channels, in_channels / groups]: the weights that survive."""
     return {name: keep[layer.rows][:, None] & ((layer.columns < 0) | keep[layer.columns])[None, :]
             for name, layer in classes.layers.items()}

@@ -45,6 +45,7 @@ def read_prune_ratios(path: PathLike, names: Sequence[str]) -> Dict[str, float]:
         if pattern == OVERALL:
             continue
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio < 1.0:
-            raise ValueError("%s: the ratio of %r must be a number in [0, 1), got %r" % (os.fspath(path), pattern, ratio))
+            raise ValueError("%s: the ratio of %r must be a number in [0, 1), got %r"
+                             % (os.fspath(path), pattern, ratio))
         ratios.update((name, float(ratio)) for name in select(names, [pattern]))
     return ratios

@@ -52,7 +52,8 @@ def global_keep(scores: Mapping[str, np.ndarray], sparsity: float, block: int = 
     total = sum(score.size for score in scores.values())
     pruned = _lowest(values, sizes, int(round(sparsity * total)))
     if np.any(np.isinf(values[pruned])):
-        raise ValueError("a sparsity of %g cannot be reached with max_prune_ratio=%g: raise it" % (sparsity, max_prune_ratio))
+        raise ValueError("a sparsity of %g cannot be reached with max_prune_ratio=%g: raise it"
+                         % (sparsity, max_prune_ratio))
     keeps, start = {}, 0
     for (name, score), unit in zip(scores.items(), units):
         end = start + unit.values.size

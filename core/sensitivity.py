@@ -58,7 +58,7 @@ def mean_share(batches: int, window: int) -> float:
 
 
 def finite(score: np.ndarray) -> np.ndarray:
-    """The score with NaN and infinity as zero: a batch that overflowed (mixed precision skips its step) says nothing."""
+    """The score with NaN and infinity as zero: an overflowing batch (mixed precision skips its step) says nothing."""
     return np.where(np.isfinite(score), score, np.float32(0))
 
 

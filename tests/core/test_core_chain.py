@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from convolution import convolve
 
+from convolution import convolve
 from slimtrain.core import (
     Affine,
     add_identity,

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from convolution import convolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convolution import convolve
 from slimtrain.core import (
     Factorization,
     analyse_weight,

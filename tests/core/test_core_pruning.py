@@ -186,7 +186,7 @@ def test_moments_are_steps_or_fractions():
     assert step_of(0.25, 100) == 25
     assert step_of(1.0, 100) == 100
     for moment in (-1, 1.5, -0.1):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="got %s" % moment):
             step_of(moment, 100)
 
 
