@@ -77,7 +77,13 @@ def _deployed(call: PlannedCall, modules: Mapping[str, nn.Module], scales: Mappi
         bias if np.any(bias) or layer.bias is not None else None, _array(integer.float_bias.float()),
         _array(integer.factor), norm is not None, call.activation, int(getattr(layer, "groups", 1)), call,
         integer.input_scale.item(), integer.output_scale.item(),
-        scales[call.input.layer].grid(call.input.role), output_grid(call, scales), own.weight_grid)
+        scales[call.input.layer].grid(call.input.role), output_grid(call, scales), _either_sign(own.weight_grid))
+
+
+def _either_sign(grid: Grid) -> Grid:
+    """The levels that folding a batch norm, whose factor may be negative, can make of a grid's."""
+    largest = max(-grid.lower, grid.upper)
+    return grid._replace(lower=-largest, upper=largest)
 
 
 def output_grid(call: PlannedCall, scales: Mapping[str, LayerScales]) -> Grid:

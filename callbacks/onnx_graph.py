@@ -90,6 +90,22 @@ class OnnxGraph:
         self.nodes = kept + list(new) + self.nodes[last + 1:]
         self.refresh()
 
+    def insert_behind(self, name: str, nodes: Sequence[onnx.NodeProto], output: str) -> None:
+        """Put nodes behind a tensor: all that read ``name`` read ``output``; an output of the graph keeps its name."""
+        for node in self.consumers.get(name, []):
+            for index, read in enumerate(node.input):
+                if read == name:
+                    node.input[index] = output
+        position = next((index + 1 for index, node in enumerate(self.nodes) if name in node.output), 0)
+        self.nodes[position:position] = nodes
+        self.refresh()
+        if name in self.outputs:
+            inner = self.new_name(name + "/inner")
+            for node in self.nodes:
+                node.input[:] = [inner if read == name else name if read == output else read for read in node.input]
+                node.output[:] = [inner if made == name else name if made == output else made for made in node.output]
+            self.refresh()
+
     def shapes(self) -> Dict[str, List[Optional[int]]]:
         """Inferred shapes, None for dimensions that are not fixed."""
         inferred = onnx.shape_inference.infer_shapes(self.model())

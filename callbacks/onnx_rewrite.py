@@ -1,22 +1,28 @@
 """Rewriting a float ONNX file so that MNN quantizes all of it and computes what training simulated.
 
 Four things stand between an exported file and an exact int8 model (all measured on MNN 3.6): weights must lie on
-their grid; linear layers above 65535 weights, or followed by an activation, only work as 1x1 convolutions; average
-pools of int8 tensors lose half a step; and the parameter file must call each tensor what the converter will call it.
+their grid; linear layers above 65535 weights, or followed by an activation, only work as 1x1 convolutions; some
+operations compute differently on integers (``onnx_exactness``); and the parameter file must call each tensor what the
+converter will call it.
 """
 from __future__ import annotations
 
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+import logging
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import onnx
 from onnx import helper
 
 from slimtrain.callbacks.deployment import DeployedLayer
-from slimtrain.callbacks.onnx_graph import OnnxGraph, attribute
+from slimtrain.callbacks.onnx_exactness import Step, make_islands, put_on_grid
+from slimtrain.callbacks.onnx_graph import OnnxGraph
 from slimtrain.callbacks.onnx_match import Match, Weight, match_layers, node_weight
-from slimtrain.core import SlimtrainError
+from slimtrain.callbacks.onnx_placement import is_fusable, place_onnx
+from slimtrain.core import Placement, Quantizer, SlimtrainError
 from slimtrain.proto import LayerParams
+
+logger = logging.getLogger(__name__)
 
 # what the converter appends to the name of a convolution that is an output of the graph
 _OUTPUT_SUFFIX = "__before_tr"
@@ -43,17 +49,34 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid:
     """
     graph = OnnxGraph(model)
     changes: List[str] = []
-    names = []
+    written: Dict[str, DeployedLayer] = {}
     for match in match_layers(graph, layers):
         write = _write_conv if match.node.op_type == "Conv" else _write_linear
-        names.append(write(graph, match, on_grid, changes))
-    for node in list(graph.nodes):
-        if node.op_type in _POOLS:
-            _POOLS[node.op_type](graph, node, changes)
+        written[write(graph, match, on_grid, changes)] = match.layer
+    placement = place_onnx(graph, {name: layer.name for name, layer in written.items()})
+    _compare(placement, written)
+    make_islands(graph, placement, changes)
+    if on_grid:
+        put_on_grid(graph, placement, _steps(written.values()), changes)
     rewritten = graph.model()
     onnx.checker.check_model(rewritten)
-    params = [entry for layer, name in zip(layers, names) for entry in conv_params(graph, layer, name)]
+    params = [entry for name, layer in written.items() for entry in conv_params(graph, layer, name)]
     return Rewritten(rewritten, tuple(params), tuple(changes))
+
+
+def _steps(layers: Iterable[DeployedLayer]) -> Dict[Quantizer, Step]:
+    steps = {layer.call.output: Step(layer.output_scale, layer.output_grid) for layer in layers}
+    steps.update((layer.call.input, Step(layer.input_scale, layer.input_grid)) for layer in layers)
+    return steps
+
+
+def _compare(placement: Placement, written: Mapping[str, DeployedLayer]) -> None:
+    """Warn where the exported graph quantizes a layer otherwise than the recorded model did."""
+    for call in placement.calls:
+        simulated = written[call.tensor].call
+        if (call.input, call.output) != (simulated.input, simulated.output):
+            logger.warning("layer %r was trained with the scales of %s and %s, but the exported graph puts it behind %s "
+                           "and before %s", call.layer, simulated.input, simulated.output, call.input, call.output)
 
 
 # -- layers
@@ -140,58 +163,6 @@ def _reshape_back(graph: OnnxGraph, name: str, source: str, last: str, output: s
             helper.make_node("Slice", [parts[0], *bounds], [parts[1]]),
             helper.make_node("Concat", [parts[1], width], [parts[2]], axis=0),
             helper.make_node("Reshape", [last, parts[2]], [output])]
-
-
-def is_fusable(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
-    """Whether the converter fuses an activation into the convolution before it."""
-    if node.op_type == "Relu":
-        return True
-    if node.op_type != "Clip":
-        return False
-    bounds: List[Optional[float]] = []
-    for position, name in ((1, "min"), (2, "max")):
-        value = graph.constant(node.input[position]) if len(node.input) > position else attribute(node, name)
-        bounds.append(None if value is None else float(value))
-    return bounds == [0.0, 6.0]
-
-
-# -- pools
-
-
-def _write_global_average(graph: OnnxGraph, node: onnx.NodeProto, changes: List[str]) -> None:
-    graph.replace([node], [_mean(graph, node)])
-    changes.append("wrote the global average pool %s as a mean" % node.output[0])
-
-
-def _mean(graph: OnnxGraph, node: onnx.NodeProto) -> onnx.NodeProto:
-    rank = len(graph.shapes().get(node.input[0], (0,) * 4))
-    axes = list(range(2, rank))
-    if graph.opset < 18:
-        return helper.make_node("ReduceMean", [node.input[0]], [node.output[0]], axes=axes, keepdims=1)
-    axes_name = graph.add_constant(np.array(axes, np.int64), "mean_axes")
-    return helper.make_node("ReduceMean", [node.input[0], axes_name], [node.output[0]], keepdims=1)
-
-
-def _write_average(graph: OnnxGraph, node: onnx.NodeProto, changes: List[str]) -> None:
-    """Write an average pool as a float depthwise convolution: MNN would average bytes and round down."""
-    channels = (graph.shapes().get(node.input[0]) or [None, None])[1]
-    padded = any(attribute(node, "pads", [0]))
-    if channels is None or attribute(node, "ceil_mode", 0) or (padded and not attribute(node, "count_include_pad", 0)):
-        changes.append("left the average pool %s, which MNN rounds by up to one step" % node.output[0])
-        return
-    kernel = attribute(node, "kernel_shape")
-    weight = np.full((channels, 1, *kernel), 1.0 / np.prod(kernel), np.float32)
-    attributes = {name: value for name, value in ((key, attribute(node, key)) for key in
-                                                  ("kernel_shape", "strides", "pads", "auto_pad", "dilations"))
-                  if value is not None}
-    conv = helper.make_node("Conv", [node.input[0], graph.add_constant(weight, "average_weight")], [node.output[0]],
-                            name=node.output[0] + "/average", group=channels, **attributes)
-    graph.replace([node], [conv])
-    changes.append("wrote the average pool %s as a float convolution" % node.output[0])
-
-
-_POOLS: "dict[str, Callable[[OnnxGraph, onnx.NodeProto, List[str]], None]]" = {
-    "GlobalAveragePool": _write_global_average, "AveragePool": _write_average}
 
 
 # -- parameters
