@@ -14,7 +14,7 @@ from typing import Any, Dict, Mapping, Optional
 import torch
 from torch import nn
 
-from slimtrain.callbacks.checkpoints import remove_sidecar, write_sidecar
+from slimtrain.callbacks.checkpoints import read_sidecar, remove_sidecar, write_sidecar
 from slimtrain.callbacks.lightning_bases import Callback
 from slimtrain.callbacks.model_view import submodule
 
@@ -83,6 +83,23 @@ class CompressionCallback(Callback):
         """Restore the state of a checkpoint; Lightning calls it after :meth:`setup`."""
         self.load_compression_state(state_dict)
 
+    # -- a checkpoint that holds weights only can be evaluated, and Lightning asks callbacks nothing when it is loaded
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.training and not trainer.sanity_checking:
+            self._load_sidecar(trainer)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._load_sidecar(trainer)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        self._load_sidecar(trainer)
+
+    def _load_sidecar(self, trainer: Any) -> None:
+        state = read_sidecar(trainer.ckpt_path, self.state_key) if trainer.ckpt_path else None
+        if state is not None:
+            self.load_compression_state(state)
+
 
 def find_target(pl_module: nn.Module, path: str) -> str:
     """Dotted path of the module to compress.
@@ -90,7 +107,7 @@ def find_target(pl_module: nn.Module, path: str) -> str:
     Raises:
         ValueError: no such submodule, or none was named and the LightningModule has no forward.
     """
-    if path or _has_forward(pl_module):
+    if path or has_forward(pl_module):
         return path
     weighted = [name for name, child in pl_module.named_children() if next(child.parameters(), None) is not None]
     if len(weighted) != 1:
@@ -100,7 +117,7 @@ def find_target(pl_module: nn.Module, path: str) -> str:
     return weighted[0]
 
 
-def _has_forward(module: nn.Module) -> bool:
+def has_forward(module: nn.Module) -> bool:
     """Whether the user's own classes define a forward."""
     definer = next(base for base in type(module).__mro__ if "forward" in vars(base))
     return not definer.__module__.startswith(("pytorch_lightning.", "lightning.", "torch.nn.modules.module"))

@@ -49,19 +49,36 @@ def read_saved(checkpoint: PathLike, algorithm: str, module: Optional[str] = Non
     """
     path = os.fspath(checkpoint)
     content = _load(path)
-    states = _states_of(content, algorithm, module)
-    if not states and os.path.exists(path + SIDECAR_SUFFIX):
-        sidecar = _load(path + SIDECAR_SUFFIX)
-        if sidecar.get("global_step") != content.get("global_step"):
-            raise SlimtrainError("%s%s was written at step %s and the checkpoint at step %s: they do not belong "
-                                 "together" % (path, SIDECAR_SUFFIX, sidecar.get("global_step"),
-                                               content.get("global_step")))
-        states = _states_of(sidecar, algorithm, module)
+    states = _states_of(content, algorithm, module) or _states_of(_load_sidecar(path, content), algorithm, module)
     if len(states) != 1:
         raise SlimtrainError("%s and its sidecar (%s) hold %s; expected the state of one %s" % (
             path, SIDECAR_SUFFIX, "those of the modules %s" % ", ".join(repr(state["module"]) for state in states)
             if states else "none", algorithm))
     return Saved(content.get("state_dict", {}), states[0])
+
+
+def read_sidecar(checkpoint: PathLike, key: str) -> Optional[Dict[str, Any]]:
+    """The state under a callback's ``state_key`` beside a checkpoint that holds weights only; None for any other.
+
+    Raises:
+        SlimtrainError: a file cannot be read, or they belong to different steps.
+    """
+    path = os.fspath(checkpoint)
+    if not os.path.exists(path + SIDECAR_SUFFIX):
+        return None
+    content = _load(path)
+    states = {} if "callbacks" in content else _load_sidecar(path, content).get("callbacks", {})
+    return dict(states[key]) if key in states else None
+
+
+def _load_sidecar(path: str, checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
+    if not os.path.exists(path + SIDECAR_SUFFIX):
+        return {}
+    sidecar = _load(path + SIDECAR_SUFFIX)
+    if sidecar.get("global_step") != checkpoint.get("global_step"):
+        raise SlimtrainError("%s%s was written at step %s and the checkpoint at step %s: they do not belong together" % (
+            path, SIDECAR_SUFFIX, sidecar.get("global_step"), checkpoint.get("global_step")))
+    return sidecar
 
 
 def _states_of(content: Mapping[str, Any], algorithm: str, module: Optional[str]) -> List[Dict[str, Any]]:

@@ -12,14 +12,19 @@ from typing import Any, List
 _PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
 
-def _callback_base() -> Any:
-    packages: List[str] = [name for name in _PACKAGES if name in sys.modules]
-    if not packages:
-        packages = [name for name in _PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None][:1]
-    if not packages:
+def _packages() -> List[Any]:
+    names: List[str] = [name for name in _PACKAGES if name in sys.modules]
+    if not names:
+        names = [name for name in _PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None][:1]
+    if not names:
         raise ImportError("the callbacks need Lightning: pip install pytorch-lightning")
-    bases = tuple(importlib.import_module(name).Callback for name in packages)
-    return bases[0] if len(bases) == 1 else type("Callback", bases, {})
+    return [importlib.import_module(name) for name in names]
 
 
-Callback: Any = _callback_base()
+def _base(name: str) -> Any:
+    bases = tuple(getattr(package, name) for package in _packages())
+    return bases[0] if len(bases) == 1 else type(name, bases, {})
+
+
+Callback: Any = _base("Callback")
+CombinedLoader: Any = importlib.import_module(_packages()[0].__name__ + ".utilities").CombinedLoader

@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, Collection, Dict, Optional, Union
+from typing import Any, Collection, Dict, Iterable, Mapping, Optional, Union
 
 from torch import nn
 
 from slimtrain.callbacks.calibration import Calibration
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.quantizer import Batch, choose_activation_scale
-from slimtrain.core import activation_grid, weight_grid
+from slimtrain.core import Quantizer as Owner
+from slimtrain.core import Role, activation_grid, weight_grid
 
 
 class Mode(Enum):
@@ -77,15 +78,39 @@ class LSQQuantizer(QATQuantizer):
     def starts_now(self) -> bool:
         return self.mode is Mode.OFFLINE or super().starts_now()
 
+    def calibrate(self, batches: Iterable[Any]) -> int:
+        count = super().calibrate(batches)
+        self._trained = True
+        return count
+
     def start_from(self, batch: Batch) -> None:
-        """Choose all scales from one batch; offline, go on choosing from every further one."""
+        """Choose all scales from one batch; offline, the run that it is given to counts it again, and not this one."""
+        trained = self._trained
         super().start_from(batch)
+        self._trained, self.seen = trained, {}
+        self.simulate_from_now()
+
+    def simulate_from_now(self) -> None:
+        """From the next run on, the model computes as it will be deployed; offline it goes on choosing scales, too."""
+        super().simulate_from_now()
         if self.mode is Mode.OFFLINE:
-            self._tracker.handler = Calibration(self.modules(), self.known_plan(), choose_activation_scale, self._observes)
+            self._tracker.handler = Calibration(self.modules(), self.known_plan(), choose_activation_scale,
+                                                self._observes, self.seen)
 
     def _observes(self) -> bool:
         self._trained = self._trained or self.model.training
         return self.model.training or not self._trained
+
+    def state_dict(self) -> Dict[str, Any]:
+        handler = self._tracker.handler
+        seen = handler.counted() if isinstance(handler, Calibration) else {}
+        return {**super().state_dict(), "seen": [[owner.layer, owner.role.value, count, mean]
+                                                 for owner, (count, mean) in seen.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = {Owner(layer, Role(role)): (count, mean) for layer, role, count, mean in state["seen"]}
+        self._trained = bool(state["plan"])
+        super().load_state_dict(state)
 
 
 def _mode(value: Union[str, Mode]) -> Mode:

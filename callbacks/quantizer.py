@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimtrain.callbacks.calibration import Calibration
+from slimtrain.callbacks.calibration import Calibration, Seen
 from slimtrain.callbacks.layer_scales import SCALES, Bits, LayerScales, scales_of
 from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count
 from slimtrain.callbacks.model_view import evaluation, unnoticed
@@ -19,6 +19,7 @@ from slimtrain.callbacks.simulation import Simulation
 from slimtrain.callbacks.tracking import Handler, OwnHook, Tracker
 from slimtrain.callbacks.weight_decay import ScaleGroups
 from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, mse_scale
+from slimtrain.core import Quantizer as Owner
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Quantizer:
         self.bits = Bits(weight_bits, activation_bits)
         self.plan: Optional[Plan] = None
         self.calibrating = False
+        self.seen: Dict[Owner, Seen] = {}  #: what calibration has seen of each activation
         self._choice = choose_layers(model, skip_quant_layers)
         self._skip = tuple(skip_quant_layers)
         self._unsigned = unsigned_activations
@@ -156,6 +158,7 @@ class Quantizer:
         if not count:
             raise ValueError("calibration needs at least one batch, got none")
         self._average_over_ranks()
+        self.seen = calibration.counted() if calibration is not None else {}
         self.simulate_from_now()
         return count
 
@@ -299,9 +302,12 @@ class Quantizer:
 
     @contextlib.contextmanager
     def _calibrating(self) -> Iterator[None]:
-        self.calibrating = True
+        plan, self.calibrating = self.plan, True
         try:
             yield
+        except BaseException:
+            self.plan = plan  # with a plan, but no scales, the model would silently train as a float model
+            raise
         finally:
             self.calibrating = False
 

@@ -291,7 +291,7 @@ class _Before(_TrackerHook):
         if torch.compiler.is_compiling():
             raise RuntimeError("a model under quantization training cannot be compiled as a whole (its fake "
                                "quantization already is): train the uncompiled model, compile the exported one")
-        if _is_redirected(module) or not self.tracker.open(module, self.path):
+        if is_redirected(module) or not self.tracker.open(module, self.path):
             return None
         try:
             return self.tracker.enter_arguments(args, kwargs)
@@ -309,7 +309,7 @@ class _After(_TrackerHook):
         return map_tensors(lambda value: self.tracker.handler.leave(value, self.tracker), output)
 
 
-def _is_redirected(module: nn.Module) -> bool:
+def is_redirected(module: nn.Module) -> bool:
     """Whether DDP runs a step of a LightningModule through its ``forward``: the arguments are a batch, not an input."""
     forward = vars(module).get("forward")
     return getattr(forward, "__qualname__", "").startswith("_ForwardRedirection.")
