@@ -92,7 +92,7 @@ class ChannelGraph:
 
     def fix(self, channels: np.ndarray, reason: str) -> None:
         """These channels must stay."""
-        for channel in np.unique(channels[channels >= 0]).tolist():
+        for channel in _distinct(channels):
             self._reasons.setdefault(channel, reason)
 
     def couple(self, table: np.ndarray) -> None:
@@ -103,7 +103,7 @@ class ChannelGraph:
 
     def roots(self, channels: np.ndarray) -> List[int]:
         """One number for each class that occurs among the channels, in order."""
-        return sorted({self._root(channel) for channel in np.unique(channels[channels >= 0]).tolist()})
+        return sorted({self._root(channel) for channel in _distinct(channels)})
 
     def finish(self) -> ChannelClasses:
         """Number the classes and find those that can be removed."""
@@ -126,6 +126,12 @@ class ChannelGraph:
             self._parent[channel] = self._parent[self._parent[channel]]
             channel = self._parent[channel]
         return channel
+
+
+def _distinct(channels: np.ndarray) -> List[int]:
+    """The channels that occur, in order and without -1; a count instead of a sort, because shadows are large."""
+    found: List[int] = np.flatnonzero(np.bincount(channels[channels >= 0].ravel())).tolist()
+    return found
 
 
 def _groups(layers: Dict[str, LayerChannels], fixed: Set[int]) -> Tuple[ChannelGroup, ...]:

@@ -7,7 +7,7 @@ Everything here is O(n): a partition finds the threshold, nothing is sorted.
 """
 from __future__ import annotations
 
-from typing import Dict, Mapping, NamedTuple, Optional
+from typing import Dict, Mapping, Optional
 
 import numpy as np
 
@@ -44,69 +44,110 @@ def global_keep(scores: Mapping[str, np.ndarray], sparsity: float, block: int = 
             ``max_prune_ratio`` does not allow.
     """
     _check(sparsity, block, max_prune_ratio)
-    units = [_units(name, score, block, alive) for name, score in scores.items()]
-    for unit in units:
-        _protect(unit, max_prune_ratio)
-    values = np.concatenate([unit.values.ravel() for unit in units]) if units else np.zeros(0, np.float32)
-    sizes = None if block == 1 else np.concatenate([unit.sizes.ravel() for unit in units])
-    total = sum(score.size for score in scores.values())
-    pruned = _lowest(values, sizes, int(round(sparsity * total)))
-    if np.any(np.isinf(values[pruned])):
-        raise ValueError("a sparsity of %g cannot be reached with max_prune_ratio=%g: raise it"
-                         % (sparsity, max_prune_ratio))
-    keeps, start = {}, 0
-    for (name, score), unit in zip(scores.items(), units):
-        end = start + unit.values.size
-        keeps[name] = _expand(~pruned[start:end].reshape(unit.values.shape), len(score), block)
-        start = end
-    return keeps
+    layers = _Layers(scores, block, alive)
+    count = int(round(sparsity * layers.weights))
+    pruned = _lowest(layers.values, layers.sizes, count)
+    # protecting what a layer must not lose costs a partition of each; mostly no layer is near its limit
+    if any(int(np.count_nonzero(pruned[part])) > layers.allowed(part, max_prune_ratio) for part in layers.parts):
+        layers.protect(max_prune_ratio)
+        pruned = _lowest(layers.values, layers.sizes, count)
+        if np.any(np.isinf(layers.values[pruned])):
+            raise ValueError("a sparsity of %g cannot be reached with max_prune_ratio=%g: raise it" %
+                             (sparsity, max_prune_ratio))
+    return layers.expand(np.logical_not(pruned, out=pruned))
 
 
 def layer_keep(score: np.ndarray, sparsity: float, block: int = 1, alive: Optional[np.ndarray] = None) -> np.ndarray:
     """Keep the most important weights of one layer; arguments and errors as :func:`global_keep`."""
     _check(sparsity, block, 1.0)
-    unit = _units("", score, block, None if alive is None else {"": alive})
-    sizes = None if block == 1 else unit.sizes.ravel()
-    pruned = _lowest(unit.values.ravel(), sizes, int(round(sparsity * score.size)))
-    return _expand(~pruned.reshape(unit.values.shape), len(score), block)
+    layers = _Layers({"": score}, block, None if alive is None else {"": alive})
+    return layers.expand(~_lowest(layers.values, layers.sizes, int(round(sparsity * score.size))))[""]
 
 
-class _Units(NamedTuple):
-    values: np.ndarray  #: float32 [ceil(out_channels / block), ...], written in place
-    sizes: np.ndarray   #: int, the same shape (broadcast)
+class _Layers:
+    """The units of all layers one behind the other; the arrays are large, so each is written once."""
+
+    def __init__(self, scores: Mapping[str, np.ndarray], block: int, alive: Optional[Mapping[str, np.ndarray]]) -> None:
+        self._block = block
+        self._channels = {name: len(_checked(name, score)) for name, score in scores.items()}
+        self._shapes = {name: (-(-len(score) // block),) + score.shape[1:] for name, score in scores.items()}
+        ends = np.cumsum([0] + [int(np.prod(shape)) for shape in self._shapes.values()])
+        self.parts = [slice(int(start), int(end)) for start, end in zip(ends, ends[1:])]
+        self.weights = sum(score.size for score in scores.values())
+        self.values = np.empty(int(ends[-1]), dtype=np.float32)
+        for part, (name, shape) in zip(self.parts, self._shapes.items()):
+            values = self.values[part].reshape(shape)
+            _unit_means(scores[name], block, values)
+            if alive is not None:
+                np.copyto(values, _DEAD, where=~alive[name][::block])
+        self.sizes = self._sizes()
+
+    def _sizes(self) -> Optional[np.ndarray]:
+        """Weights per unit; None when a unit is a weight."""
+        if self._block == 1:
+            return None
+        sizes = np.full(self.values.shape, self._block)
+        for part, (name, shape) in zip(self.parts, self._shapes.items()):
+            sizes[part].reshape(shape)[-1] = self._channels[name] - (shape[0] - 1) * self._block
+        return sizes
+
+    @staticmethod
+    def allowed(part: slice, max_prune_ratio: float) -> int:
+        """Number of units that a layer may lose."""
+        return int(max_prune_ratio * (part.stop - part.start) + 1e-6)
+
+    def protect(self, max_prune_ratio: float) -> None:
+        """Put the units that a layer must not lose above every other."""
+        for part in self.parts:
+            flat, allowed = self.values[part], self.allowed(part, max_prune_ratio)
+            if allowed < flat.size:
+                best = np.argpartition(flat, allowed)[allowed:]
+                flat[best] = np.where(flat[best] < 0, flat[best], _SAFE)
+
+    def expand(self, keep: np.ndarray) -> Dict[str, np.ndarray]:
+        """Flags of units as flags of weights, by layer."""
+        keeps = {}
+        for part, (name, shape) in zip(self.parts, self._shapes.items()):
+            units = keep[part].reshape(shape)
+            keeps[name] = units if self._block == 1 else np.repeat(units, self._block, axis=0)[:self._channels[name]]
+        return keeps
 
 
-def _units(name: str, score: np.ndarray, block: int, alive: Optional[Mapping[str, np.ndarray]]) -> _Units:
+def _checked(name: str, score: np.ndarray) -> np.ndarray:
     if score.ndim < 1 or score.size == 0:
         raise ValueError("layer %r has no weights to rank: shape %s" % (name, score.shape))
-    largest = float(score.max())
-    if not np.isfinite(largest) or not score.min() >= 0:
+    if not (np.isfinite(score.max()) and score.min() >= 0):
         raise ValueError("layer %r: scores must be finite and not negative" % name)
-    values = np.asarray(score, dtype=np.float32) / np.float32(largest or 1.0)  # whose squares do not underflow
-    values /= np.sqrt(np.dot(values.ravel(), values.ravel())) or np.float32(1.0)
-    if alive is not None:
-        values = np.where(alive[name], values, _DEAD)
-    starts = np.arange(0, len(score), block)
-    counts = np.minimum(block, len(score) - starts)
-    column = (-1,) + (1,) * (score.ndim - 1)
-    if block > 1:
-        values = np.add.reduceat(values, starts, axis=0) / counts.reshape(column).astype(np.float32)
-    return _Units(values, np.broadcast_to(counts.reshape(column), values.shape))
+    return score
 
 
-def _protect(unit: _Units, max_prune_ratio: float) -> None:
-    """Put the units that a layer must not lose above every other score."""
-    flat = unit.values.reshape(-1)
-    allowed = int(max_prune_ratio * flat.size + 1e-6)
-    if allowed < flat.size:
-        order = np.argpartition(flat, allowed)
-        flat[order[allowed:]] = np.where(flat[order[allowed:]] < 0, flat[order[allowed:]], _SAFE)
+def _unit_means(score: np.ndarray, block: int, out: np.ndarray) -> None:
+    """Mean scores of the units, divided by the norm of the layer's scores."""
+    flat = np.ravel(score)
+    largest = float(flat.max())
+    # squares of what is far from 1 leave the range of float32
+    near = 1e-12 < largest < 1e12
+    scaled = flat if near or not largest else flat / np.float32(largest)
+    norm = float(np.sqrt(np.dot(scaled, scaled))) * (1.0 if near or not largest else largest) or 1.0
+    whole = len(score) // block
+    if block == 1:
+        np.multiply(score, np.float32(1.0 / norm), out=out)
+        return
+    blocks = score[:whole * block].reshape((whole, block) + score.shape[1:])
+    np.multiply(blocks.sum(axis=1), np.float32(1.0 / (norm * block)), out=out[:whole])
+    if whole < len(out):
+        rest = score[whole * block:]
+        np.multiply(rest.sum(axis=0), np.float32(1.0 / (norm * len(rest))), out=out[-1])
 
 
 def _lowest(values: np.ndarray, sizes: Optional[np.ndarray], count: int) -> np.ndarray:
     """Flags of the units with the lowest values that make up ``count`` weights, to the nearest whole unit."""
     if count <= 0:
         return np.zeros(values.shape, dtype=bool)
+    if sizes is not None and sizes.min() == sizes.max():
+        count, sizes = int(np.floor(count / sizes[0] + 0.5)), None
+        if not count:
+            return np.zeros(values.shape, dtype=bool)
     each = values if sizes is None else np.repeat(values, sizes)
     if count >= each.size:
         return np.ones(values.shape, dtype=bool)
@@ -120,10 +161,6 @@ def _lowest(values: np.ndarray, sizes: Optional[np.ndarray], count: int) -> np.n
         middle = np.cumsum(sizes[tied]) - sizes[tied] / 2
         below[tied[:int(np.searchsorted(middle, missing, side="right"))]] = True
     return below
-
-
-def _expand(keep: np.ndarray, channels: int, block: int) -> np.ndarray:
-    return keep if block == 1 else np.repeat(keep, block, axis=0)[:channels]
 
 
 def _check(sparsity: float, block: int, max_prune_ratio: float) -> None:
