@@ -5,6 +5,14 @@ from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, 
 from slimtrain.callbacks.low_rank_structure import apply_structure, restore_dense
 from slimtrain.callbacks.lsq_callback import LSQQuantizerCallback
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
+from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
+from slimtrain.callbacks.shrink import load_channel_plan, load_shrunk, save_channel_plan, shrink
+from slimtrain.callbacks.simd_oc_callback import SIMDOCPrunerCallback
+from slimtrain.callbacks.simd_oc_pruner import SIMDOCPruner
+from slimtrain.callbacks.snip_callback import SNIPLevelPrunerCallback
+from slimtrain.callbacks.snip_pruner import SNIPLevelPruner
+from slimtrain.callbacks.taylor_fo_callback import TaylorFOChannelPrunerCallback
+from slimtrain.callbacks.taylor_fo_pruner import TaylorFOChannelPruner
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer
 from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallback
 
@@ -15,9 +23,22 @@ __all__ = [
     "LSQQuantizer",
     "LSQQuantizerCallback",
     "LowRankDecomposition",
+    "PrunedFile",
+    "SIMDOCPruner",
+    "SIMDOCPrunerCallback",
+    "SNIPLevelPruner",
+    "SNIPLevelPrunerCallback",
+    "TaylorFOChannelPruner",
+    "TaylorFOChannelPrunerCallback",
     "WeightQuantizer",
     "WeightQuantizerCallback",
     "apply_structure",
+    "deploy_pruned",
+    "export_pruned",
+    "load_channel_plan",
+    "load_shrunk",
     "low_rank_decompose",
     "restore_dense",
+    "save_channel_plan",
+    "shrink",
 ]

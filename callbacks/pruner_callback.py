@@ -1,0 +1,213 @@
+"""Pruning inside a Lightning Trainer."""
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+from typing import Any, Dict, List, Mapping, Optional, Union
+
+import torch
+from torch import nn
+
+from slimtrain.callbacks.callback import CompressionCallback, example_from_batch
+from slimtrain.callbacks.exporting import Exported
+from slimtrain.callbacks.operations import map_tensors
+from slimtrain.callbacks.pruner import Pruner
+from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
+from slimtrain.core import PruningSchedule, schedule_between, step_of
+
+logger = logging.getLogger(__name__)
+
+Moment = Union[int, float]
+
+
+class PrunerCallback(CompressionCallback):
+    """Base of the pruner callbacks: reads gradients before an optimizer step, prunes and keeps zeros after it.
+
+    Steps are optimizer steps. Gradients are read when they are accumulated, averaged over ranks and unscaled, so every
+    rank decides the same.
+
+    Args:
+        begin, end: the first pruning event, and the step by which the last is over; integers are optimizer steps,
+            fractions are parts of the training.
+        prune_finetune_iterations: optimizer steps without pruning between two events; None spreads the events evenly
+            from ``begin`` to ``end``.
+        result_file: where the ratios found are written, as ``config_file`` takes them; "" for no file.
+        module: dotted path of the submodule to prune; "" for the whole model.
+        export_to: path without suffix of what is written at the end of ``fit``; None for the LightningModule's name
+            in the Trainer's log folder, "" for no export.
+        weight_bits: of the ``.mnn`` written at the end of ``fit``; 0 for floats.
+        arguments: of the object.
+    """
+
+    def __init__(self, arguments: Dict[str, Any], begin: Moment, end: Moment, prune_finetune_iterations: Optional[int],
+                 result_file: str, module: str, export_to: Optional[str], weight_bits: int) -> None:
+        super().__init__(module)
+        for moment in (begin, end):
+            step_of(moment, 1)
+        if isinstance(begin, type(end)) and end < begin:
+            raise ValueError("pruning cannot end at %r before it begins at %r" % (end, begin))
+        self._arguments = dict(arguments, prune_finetune_iterations=prune_finetune_iterations or 0)
+        self._begin, self._end, self._finetune = begin, end, prune_finetune_iterations
+        self.result_file = result_file
+        self.export_to = export_to
+        self.weight_bits = weight_bits
+        self.deployed: Optional[PrunedFile] = None  #: what the end of ``fit`` wrote, where MNN is installed
+        self._pruner: Optional[Pruner] = None
+        self._scheduled = False
+        self._looked = False
+        self._sparsity = 0.0
+        self._example: Any = None
+        self._handles: List[Any] = []
+
+    def make_pruner(self, model: nn.Module) -> Pruner:
+        """The object that this callback drives."""
+        raise NotImplementedError
+
+    @property
+    def pruner(self) -> Pruner:
+        """The pruner of the model.
+
+        Raises:
+            RuntimeError: the callback has not been set up yet.
+        """
+        if self._pruner is None:
+            raise RuntimeError("the callback has no model yet: run trainer.fit, validate or test first")
+        return self._pruner
+
+    # -- state
+
+    def attach(self, model: nn.Module) -> None:
+        self._pruner = self.make_pruner(model)
+        self._scheduled = False
+
+    def compression_state(self) -> Dict[str, Any]:
+        return {"scheduled": self._scheduled, "pruner": self.pruner.state_dict()}
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        self.pruner.load_state_dict(state["pruner"])
+        self._scheduled = bool(state["scheduled"])
+
+    # -- steps
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self._scheduled:
+            self.pruner.schedule = self._schedule(trainer.estimated_stepping_batches)
+            self._scheduled = True
+        self._sparsity = self.pruner.sparsity
+        # the optimizer's own hook: right also under manual optimization, and silent when a scaler skips the step
+        self._unhook()
+        self._handles = [optimizer.register_step_post_hook(self._stepped) for optimizer in trainer.optimizers]
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._example is None:
+            example = example_from_batch(self.pruner.model, batch)
+            self._example = map_tensors(lambda value: value.detach().cpu(), example)
+            self.pruner.see_example(self._example)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        mine = {id(weight) for weight in self.pruner.weights().values()}
+        if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+            self.pruner.look()
+            self._looked = True
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.log("sparsity", self._sparsity, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._unhook()
+        if not self.pruner.finished:
+            logger.warning("training ended before pruning did: the sparsity is %.4f, asked for was %.4f",
+                           self.pruner.sparsity, self.pruner.schedule.sparsity)
+        for row in self.pruner.report():
+            logger.info("%s: %d weights, %.4f pruned %s", row.name, row.parameters, row.ratio, row.reason)
+        logger.info("pruned %.4f of the weights (asked for %.4f)", self.pruner.sparsity, self.pruner.schedule.sparsity)
+        if self.export_to != "" and trainer.is_global_zero and not _others_that_export(trainer):
+            self._write(self._stem(trainer, pl_module))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        # a quantizer's files are written at the end of training; what was pruned is added to them
+        if self.export_to != "" and trainer.is_global_zero:
+            for other in _others_that_export(trainer):
+                stem = other.export_to or self._default_stem(trainer, pl_module)
+                self.pruner.save_compress_params(stem + ".compress_params.bin", append=True)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._unhook()
+
+    # -- files
+
+    def export(self, stem: str, example_input: Any = None, **options: Any) -> Exported:
+        """Write ``stem.onnx`` and ``stem.compress_params.bin``; see :func:`slimtrain.callbacks.export_pruned`.
+
+        Args:
+            stem: path without suffix.
+            example_input: the model's ``example_input_array`` or first training batch when None.
+        """
+        return export_pruned(self.pruner, stem, self._example_or(example_input), **options)
+
+    def deploy(self, stem: str, example_input: Any = None, **options: Any) -> PrunedFile:
+        """Export and convert with MNN; see :func:`slimtrain.callbacks.deploy_pruned`."""
+        return deploy_pruned(self.pruner, stem, self._example_or(example_input),
+                             **{"weight_bits": self.weight_bits, **options})
+
+    # -- inside
+
+    def _schedule(self, total_steps: float) -> PruningSchedule:
+        if math.isinf(total_steps) and not (isinstance(self._begin, int) and isinstance(self._end, int)):
+            raise ValueError("the Trainer does not know how long it will train (max_epochs=-1), so begin=%r and end=%r "
+                             "must be given in optimizer steps" % (self._begin, self._end))
+        total = 0 if math.isinf(total_steps) else int(total_steps)
+        asked = self.pruner.schedule
+        begin = max(step_of(self._begin, total), asked.begin_step)
+        if self._finetune is not None:
+            return PruningSchedule(asked.sparsity, asked.events, asked.interval, begin, asked.ramp)
+        return schedule_between(asked.sparsity, asked.events, begin, step_of(self._end, total), asked.ramp)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._looked:
+            self._looked = False
+            if self.pruner.prune_if_due():
+                self.pruner.write_ratios(self.result_file if self.result_file and _is_first_rank() else None)
+                self._sparsity = self.pruner.sparsity
+        self.pruner.apply()
+
+    def _write(self, stem: str) -> None:
+        if importlib.util.find_spec("MNN") is None:
+            files = self.export(stem)
+            logger.info("wrote %s and %s (MNN is not installed: not converted)", files.onnx, files.params)
+            return
+        self.deployed = self.deploy(stem)
+        logger.info("wrote %s: %d bytes", self.deployed.mnn, self.deployed.bytes)
+
+    def _stem(self, trainer: Any, pl_module: Any) -> str:
+        return self.export_to or self._default_stem(trainer, pl_module)
+
+    @staticmethod
+    def _default_stem(trainer: Any, pl_module: Any) -> str:
+        return os.path.join(trainer.log_dir or trainer.default_root_dir, type(pl_module).__name__)
+
+    def _example_or(self, given: Any) -> Any:
+        array = getattr(self.pruner.model, "example_input_array", None)
+        found = next((value for value in (given, array, self._example) if value is not None), None)
+        if found is None:
+            raise RuntimeError("no example input is known before training: pass example_input, or set "
+                               "example_input_array on the model")
+        device = next(self.pruner.model.parameters()).device
+        return map_tensors(lambda value: value.to(device), found)
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _others_that_export(trainer: Any) -> List[Any]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)
+            and not isinstance(callback, PrunerCallback) and getattr(callback, "export_to", "") != ""]
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
