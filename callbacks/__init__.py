@@ -6,7 +6,7 @@ from slimtrain.callbacks.low_rank_structure import apply_structure, restore_dens
 from slimtrain.callbacks.lsq_callback import LSQQuantizerCallback
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
-from slimtrain.callbacks.shrink import load_channel_plan, load_shrunk, save_channel_plan, shrink
+from slimtrain.callbacks.shrinking import load_channel_plan, load_shrunk, save_channel_plan, shrink
 from slimtrain.callbacks.simd_oc_callback import SIMDOCPrunerCallback
 from slimtrain.callbacks.simd_oc_pruner import SIMDOCPruner
 from slimtrain.callbacks.snip_callback import SNIPLevelPrunerCallback

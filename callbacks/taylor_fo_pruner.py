@@ -12,7 +12,7 @@ from slimtrain.callbacks.operations import map_tensors
 from slimtrain.callbacks.pruner import PathLike, Pruner
 from slimtrain.callbacks.pruning_layers import LayerSparsity
 from slimtrain.callbacks.quantizer import arguments
-from slimtrain.callbacks.shrink import shrink
+from slimtrain.callbacks.shrinking import shrink
 from slimtrain.core import OVERALL, ChannelClasses, ChannelPlan, Ramp, channel_plan, choose_channels, plan_keeps
 from slimtrain.proto import PruneType
 
