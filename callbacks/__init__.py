@@ -1,6 +1,7 @@
 """slimtrain for PyTorch: compression objects for plain loops and a Lightning callback over each."""
 
 from slimtrain.callbacks.exporting import Deployed, Exported
+from slimtrain.callbacks.lop import LOP, ExpandedLine
 from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, low_rank_decompose
 from slimtrain.callbacks.low_rank_structure import apply_structure, restore_dense
 from slimtrain.callbacks.lsq_callback import LSQQuantizerCallback
@@ -18,8 +19,10 @@ from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallbac
 
 __all__ = [
     "Deployed",
+    "ExpandedLine",
     "Exported",
     "FactorizedLayer",
+    "LOP",
     "LSQQuantizer",
     "LSQQuantizerCallback",
     "LowRankDecomposition",

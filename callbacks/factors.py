@@ -26,14 +26,27 @@ def why_dense(module: nn.Module) -> str:
         return "%s has no chain of plain layers" % type(module).__name__
     if getattr(module, "groups", 1) != 1:
         return "it is grouped (%s groups): its channels are factorized already" % module.groups
-    if any(getattr(module, name) for name in _HOOKS):
-        return "it carries hooks, which would be lost: decompose before pruning and quantization"
     return ""
+
+
+def shared_weights(layers: Mapping[str, nn.Module]) -> Dict[str, str]:
+    """For each layer the reason not to replace its weight: other layers hold it too; "" for its own."""
+    owners: Dict[int, List[str]] = {}
+    for name, layer in layers.items():
+        owners.setdefault(id(getattr(layer, "weight", layer)), []).append(name)
+    others = {name: [other for other in group if other != name] for group in owners.values() for name in group}
+    return {name: "its weight is also that of %s" % ", ".join(found) if found else ""
+            for name, found in others.items()}
 
 
 def stride_of(layer: Layer) -> Shape:
     """The stride per axis; () for a linear layer."""
     return tuple(layer.stride) if not isinstance(layer, nn.Linear) else ()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something watches or changes what the layer computes."""
+    return any(getattr(module, name) for name in _HOOKS)
 
 
 def array_of(weight: Tensor) -> np.ndarray:

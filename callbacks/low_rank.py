@@ -4,11 +4,19 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from typing import Any, Collection, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Collection, Dict, NamedTuple, Optional, Tuple, Union
 
 from torch import Tensor, nn
 
-from slimtrain.callbacks.factors import array_of, filled_chain, replace_everywhere, stride_of, why_dense
+from slimtrain.callbacks.factors import (
+    array_of,
+    filled_chain,
+    has_hooks,
+    replace_everywhere,
+    shared_weights,
+    stride_of,
+    why_dense,
+)
 from slimtrain.callbacks.layers import layer_kind, weight_count
 from slimtrain.callbacks.low_rank_structure import Structure
 from slimtrain.callbacks.model_view import evaluation, unnoticed
@@ -177,21 +185,16 @@ def _dense_layers(model: nn.Module, skip: Collection[str]) -> Dict[str, str]:
     """Layers that stay as they are, and why."""
     weighted = _weighted(model)
     skipped = set(select(list(weighted), skip)) if skip else set()
-    owners: Dict[int, List[str]] = {}
-    for name, module in weighted.items():
-        owners.setdefault(id(getattr(module, "weight", module)), []).append(name)
-    encoders = {id(module.linear1) for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)}
-    encoders |= {id(module.linear2) for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)}
+    shared = shared_weights(weighted)
+    encoders = {id(layer) for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)
+                for layer in (module.linear1, module.linear2)}
     reasons = {}
     for name, module in weighted.items():
-        others = [other for other in owners[id(getattr(module, "weight", module))] if other != name]
-        reason = ("named in skip_layers" if name in skipped else why_dense(module)
-                  or ("it is the whole model" if not name else "")
-                  or ("its weight is also that of %s" % ", ".join(others) if others else "")
-                  or ("TransformerEncoderLayer reads its weight itself" if id(module) in encoders else ""))
-        if reason:
-            reasons[name] = reason
-    return reasons
+        reasons[name] = "named in skip_layers" if name in skipped else why_dense(module) or shared[name] or (
+            "it carries hooks, which would be lost: decompose before pruning and quantization" if has_hooks(module)
+            else "it is the whole model" if not name
+            else "TransformerEncoderLayer reads its weight itself" if id(module) in encoders else "")
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _kernel(name: str, layer: nn.Module, separable: bool, positions: int) -> Kernel:

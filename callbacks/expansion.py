@@ -1,0 +1,72 @@
+"""Turning layers into expanded ones and back, without changing which objects they are."""
+from __future__ import annotations
+
+from typing import Any, Optional, Tuple
+
+from torch import Tensor, nn
+
+from slimtrain.callbacks.expanded import _EPS, EXPANDED, ExpandedLayer, padding_of
+from slimtrain.core import identity_tap
+
+_BUFFERS = ("first_var", "middle_mean", "middle_var")
+
+
+def expand_layer(layer: Any, rate: int, add_batchnorm: bool, add_bypass: bool, keep_weights: bool) -> None:
+    """Make a layer an expanded one, in place.
+
+    Args:
+        layer: nn.Linear or nn.Conv1d, 2d, 3d of one group.
+        rate: channels in between over channels of the layer.
+        add_batchnorm: normalize in between.
+        add_bypass: add the input to the output where they have one shape.
+        keep_weights: compute the same in evaluation mode; otherwise the weights start at random.
+    """
+    weight, bias = layer.weight, layer.bias
+    layer.tap = _tap(layer) if add_bypass else None
+    layer.compact_weight = (weight,)  # in a tuple it is no parameter; merging brings the very object back
+    del layer._parameters["weight"]
+    layer.__class__ = EXPANDED[type(layer)]
+    outputs, inputs, extents = weight.shape[0], weight.shape[1], weight.shape[2:]
+    for name, shape in (("first", (rate * inputs, inputs)), ("middle", (rate * outputs, rate * inputs, *extents)),
+                        ("last", (outputs, rate * outputs))):
+        layer.register_parameter(name, nn.Parameter(_random(weight.new_empty(shape)), weight.requires_grad))
+    _add_normalizations(layer, rate * inputs, rate * outputs, add_batchnorm)
+    if keep_weights:
+        layer.set_compact(weight.detach(), None if bias is None else bias.detach().clone())
+
+
+def merge_layer(layer: Any) -> None:
+    """Undo :func:`expand_layer`: the plain layer that it equals in evaluation mode, with the original parameters."""
+    weight, bias = layer.compact()
+    original, own_bias = layer.compact_weight[0], layer.bias
+    layer.__class__ = next(plain for plain, expanded in EXPANDED.items() if expanded is type(layer))
+    del layer.compact_weight, layer.tap
+    layer._parameters.clear()
+    for name in _BUFFERS:
+        del layer._buffers[name]
+    original.data = weight.detach().to(original.dtype)
+    layer.register_parameter("weight", original)
+    layer.register_parameter("bias", own_bias)
+    if bias is not None:
+        own_bias.data = bias.detach().to(own_bias.dtype)
+
+
+def _add_normalizations(layer: ExpandedLayer, inner: int, outer: int, present: bool) -> None:
+    like = layer.first
+    for name, count in (("first_gain", inner), ("middle_gain", outer)):
+        layer.register_parameter(name, nn.Parameter(like.new_ones(count)) if present else None)
+    for name, value in (("first_var", like.new_ones(inner) - _EPS), ("middle_mean", like.new_zeros(outer)),
+                        ("middle_var", like.new_ones(outer) - _EPS)):
+        layer.register_buffer(name, value if present else None)
+
+
+def _random(weight: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(weight, a=5 ** 0.5)
+
+
+def _tap(layer: Any) -> Optional[Tuple[int, ...]]:
+    if isinstance(layer, nn.Linear):
+        return () if layer.in_features == layer.out_features else None
+    if layer.in_channels != layer.out_channels:
+        return None
+    return identity_tap(layer.kernel_size, layer.stride, padding_of(layer), layer.dilation)
