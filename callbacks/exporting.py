@@ -15,7 +15,7 @@ from slimtrain.callbacks.deployment import DeployedLayer
 from slimtrain.callbacks.onnx_export import prepare
 from slimtrain.callbacks.onnx_graph import OnnxGraph
 from slimtrain.callbacks.onnx_match import match_layers
-from slimtrain.callbacks.onnx_rewrite import conv_params
+from slimtrain.callbacks.onnx_rewrite import all_params
 from slimtrain.callbacks.operations import tensors_in
 from slimtrain.core import Coverage, replace_all, sqnr_db
 from slimtrain.proto import (
@@ -72,8 +72,7 @@ def write_params_only(model: onnx.ModelProto, layers: Sequence[DeployedLayer], p
     """
     graph = OnnxGraph(model)
     matches = match_layers(graph, layers)
-    params = [entry for match in matches if match.node.op_type == "Conv"
-              for entry in conv_params(graph, match.layer, str(match.node.output[0]))]
+    params = all_params(graph, {match.node.output[0]: match.layer for match in matches if match.node.op_type == "Conv"})
     save_algorithm(params_path, quantize_algorithm(params), append)
     return [match.layer.name for match in matches if match.node.op_type != "Conv"]
 
@@ -114,7 +113,7 @@ def deploy(exported: Exported, inputs: Mapping[str, np.ndarray], expected: Any, 
     return Deployed(target, coverage, result, conversion.bytes)
 
 
-def named_inputs(path: PathLike, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> "dict[str, np.ndarray]":
+def named_inputs(path: PathLike, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """An example input as the named inputs of an exported file."""
     model = onnx.load(os.fspath(path), load_external_data=False)
     constants = {tensor.name for tensor in model.graph.initializer}

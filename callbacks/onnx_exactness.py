@@ -21,7 +21,7 @@ from slimtrain.callbacks.onnx_placement import is_fusable
 from slimtrain.core import Grid, Placement, Quantizer
 
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity",
-          "DepthToSpace", "SpaceToDepth", "Expand", "Dropout", "Concat", "MaxPool")
+          "DepthToSpace", "SpaceToDepth", "Expand", "Dropout", "Pad", "Concat", "MaxPool")
 _INT8_ARITHMETIC = ("Add", "Sub", "Mul")
 _GRID_NODE = "on_grid/"
 
@@ -44,23 +44,26 @@ def make_islands(graph: OnnxGraph, placement: Placement, changes: List[str]) -> 
         if node.op_type == "GlobalAveragePool":
             graph.replace([node], [_mean(graph, node)])
             changes.append("wrote the global average pool %s as a mean" % node.output[0])
-        elif inputs and _differs_on_integers(graph, node, inputs, placement):
+        elif _shares_its_range(graph, node, placement) or inputs and _differs_on_integers(node, inputs, placement):
             _make_island(graph, node)
             changes.append("keeps %s %s in float" % (node.op_type, node.output[0]))
 
 
-def _differs_on_integers(graph: OnnxGraph, node: onnx.NodeProto, inputs: List[str], placement: Placement) -> bool:
-    if node.op_type == "AveragePool":
-        return True
+def _differs_on_integers(node: onnx.NodeProto, inputs: List[str], placement: Placement) -> bool:
     if node.op_type in ("MaxPool", "GlobalMaxPool"):
         return placement.on_grid[inputs[0]] not in placement.non_negative
     if node.op_type == "Resize":
         return attribute(node, "mode", b"nearest") != b"nearest"
-    if node.op_type in ("Max", "Min"):
-        return True
-    # an activation of its own spreads the range of its result, without negative levels, to its input
-    shared = len(graph.consumers.get(node.input[0], [])) > 1
-    return is_fusable(graph, node) and shared and node.output[0] in placement.quantizers
+    return node.op_type in ("AveragePool", "Max", "Min")
+
+
+def _shares_its_range(graph: OnnxGraph, node: onnx.NodeProto, placement: Placement) -> bool:
+    """Whether an activation of its own would spread the range of its result, without negative levels, to others."""
+    if node.op_type not in ("Relu", "Clip") or not is_fusable(graph, node):
+        return False
+    fused = any(call.fused == node.output[0] for call in placement.calls)
+    shared = len(graph.consumers.get(node.input[0], [])) > 1 or node.input[0] in graph.outputs
+    return not fused and shared and node.output[0] in placement.quantizers
 
 
 def _make_island(graph: OnnxGraph, node: onnx.NodeProto) -> None:
@@ -129,7 +132,7 @@ def _read_in_float(graph: OnnxGraph, name: str, layers: Set[str]) -> bool:
     return False
 
 
-def _grid_nodes(graph: OnnxGraph, name: str, step: Step) -> "tuple[List[onnx.NodeProto], str]":
+def _grid_nodes(graph: OnnxGraph, name: str, step: Step) -> tuple[List[onnx.NodeProto], str]:
     """``clip(sign(t) * floor(abs(t) + 0.5)) * scale`` with ``t = x * (1 / scale)``, as the runtime rounds."""
     values: Dict[str, float] = {"inverse": float(np.float32(1) / step.scale), "half": 0.5, "scale": float(step.scale),
                                 "lower": step.grid.lower, "upper": step.grid.upper}

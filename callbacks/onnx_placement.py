@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import List, Mapping, Optional
 
+import numpy as np
 import onnx
 
 from slimtrain.callbacks.onnx_graph import OnnxGraph, attribute
@@ -43,6 +44,9 @@ def _kind(graph: OnnxGraph, node: onnx.NodeProto, layers: Mapping[str, str], inp
         return OpKind.LAYER
     if node.op_type == "Clip":
         return clip_kind(graph, node)
+    if node.op_type == "Pad":
+        value = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else attribute(node, "value", 0.0)
+        return OpKind.VIEW if value is not None and not np.any(value) else OpKind.OTHER
     if node.op_type == "Resize":
         return OpKind.VIEW if attribute(node, "mode", b"nearest") == b"nearest" else OpKind.RESIZE
     kind = _KIND_OF.get(node.op_type, OpKind.OTHER)

@@ -60,8 +60,8 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid:
         put_on_grid(graph, placement, _steps(written.values()), changes)
     rewritten = graph.model()
     onnx.checker.check_model(rewritten)
-    params = [entry for name, layer in written.items() for entry in conv_params(graph, layer, name)]
-    return Rewritten(rewritten, tuple(params), tuple(changes))
+    params = all_params(graph, written)
+    return Rewritten(rewritten, params, tuple(changes))
 
 
 def _steps(layers: Iterable[DeployedLayer]) -> Dict[Quantizer, Step]:
@@ -168,20 +168,31 @@ def _reshape_back(graph: OnnxGraph, name: str, source: str, last: str, output: s
 # -- parameters
 
 
-def conv_params(graph: OnnxGraph, layer: DeployedLayer, conv_output: str) -> List[LayerParams]:
-    """Parameters of one layer: an entry, or one per group, since the converter splits grouped convolutions."""
+def all_params(graph: OnnxGraph, written: Mapping[str, DeployedLayer]) -> Tuple[LayerParams, ...]:
+    """Parameters of convolutions by the name of their output; the second use of a layer is called ``layer[use 2]``."""
+    params: List[LayerParams] = []
+    uses: Dict[str, int] = {}
+    for output, layer in written.items():
+        uses[layer.name] = uses.get(layer.name, 0) + 1
+        name = layer.name if uses[layer.name] == 1 else "%s[use %d]" % (layer.name, uses[layer.name])
+        params += _conv_params(graph, layer, name, output)
+    return tuple(params)
+
+
+def _conv_params(graph: OnnxGraph, layer: DeployedLayer, name: str, output: str) -> List[LayerParams]:
+    """An entry, or one per group: the converter splits grouped convolutions and numbers the parts."""
     channels = len(layer.weight_scales)
     if layer.groups == 1 or layer.groups == channels:
-        fused = fused_output(graph, conv_output)
-        return [_entry(layer, layer.name, (fused, fused + _OUTPUT_SUFFIX), slice(None))]
+        fused = fused_output(graph, output)
+        return [_entry(layer, name, (fused, fused + _OUTPUT_SUFFIX), slice(None))]
     size = channels // layer.groups
-    return [_entry(layer, "%s[group %d]" % (layer.name, group), ("%s___output___%d" % (conv_output, group),),
+    return [_entry(layer, "%s[group %d]" % (name, group), ("%s___output___%d" % (output, group),),
                    slice(group * size, (group + 1) * size)) for group in range(layer.groups)]
 
 
 def _entry(layer: DeployedLayer, name: str, outputs: Tuple[str, ...], part: slice) -> LayerParams:
     return LayerParams(name, outputs, layer.input_scale, layer.output_scale, layer.weight_scales[part],
-                       layer.input_grid, layer.output_grid, layer.weight_grid)
+                       layer.input_grid, layer.output_grid, layer.weight_grid, layer.method)
 
 
 def fused_output(graph: OnnxGraph, output: str) -> str:

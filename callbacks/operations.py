@@ -65,6 +65,8 @@ def operation_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], co
     """Classify one call; ``constants`` tells that it also reads a tensor from outside the network."""
     if name in ("hardtanh", "hardtanh_", "clamp", "clamp_", "clip"):
         return _clip_kind(name, args, kwargs)
+    if name == "pad":
+        return OpKind.VIEW if not argument(args, kwargs, 3, "value", 0.0) else OpKind.OTHER
     if name in ("interpolate", "upsample"):
         return OpKind.VIEW if argument(args, kwargs, 3, "mode", "nearest") == "nearest" else OpKind.RESIZE
     if name == "batch_norm":
