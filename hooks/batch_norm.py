@@ -38,7 +38,7 @@ def find_batch_norms(graph: tf.Graph) -> Dict[str, BatchNorm]:
     Adds operations that read moving averages to the graph.
     """
     found = {}
-    merged = set()  # type: Set[str]
+    merged: Set[str] = set()
     ops = graph.get_operations()
     for op in ops:
         if op.type == "Merge" and all(source.op.type in FUSED for source in op.inputs) and op.inputs[0].name.endswith(":0"):
@@ -94,7 +94,7 @@ def _moving_averages(op: tf.Operation) -> Optional[Tuple[tf.Tensor, tf.Tensor]]:
 
 def _assigned_variable(statistic: tf.Tensor) -> str:
     """The variable that a batch statistic is averaged into: the nearest assignment downstream of it."""
-    level = [statistic]  # type: List[tf.Tensor]
+    level: List[tf.Tensor] = [statistic]
     for _ in range(_STEPS_TO_ASSIGN):
         readers = [op for tensor in level for op in tensor.consumers()]
         for op in readers:

@@ -6,7 +6,7 @@ keeps the old edges, and a function body that was already serialised never chang
 from __future__ import annotations
 
 import gc
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Set
 
 import tensorflow.compat.v1 as tf
 
@@ -76,7 +76,8 @@ def _hidden_layer(graph: tf.Graph) -> str:
 
 def _functions_of(node: Any, functions: Dict[str, Any]) -> Iterator[Any]:
     """The functions that a node calls, and those which they call in turn."""
-    waiting, seen = [node], set()  # type: List[Any], set
+    waiting: List[Any] = [node]
+    seen: Set[str] = set()
     while waiting:
         for name in _function_names(waiting.pop()):
             if name in functions and name not in seen:

@@ -37,7 +37,7 @@ def find_dropouts(graph: tf.Graph, fixed: Set[str]) -> Dict[str, Dropout]:
 
 def _noise(graph: tf.Graph, fixed: Set[str]) -> Set[str]:
     """Names of the tensors made of random numbers and parameters alone."""
-    noise = set()  # type: Set[str]
+    noise: Set[str] = set()
     for op in graph.get_operations():
         drawn = any(tensor.name in noise for tensor in op.inputs)
         pure = all(tensor.name in noise or _is_parameter(tensor, fixed) for tensor in op.inputs)

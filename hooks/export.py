@@ -136,7 +136,7 @@ def _renamed_input(name: str, renames: Dict[str, str]) -> str:
 
 def _check_inference(frozen: Any) -> None:
     """Raise ``ConversionError`` for what only makes sense in training."""
-    problems = []  # type: List[str]
+    problems: List[str] = []
     for node in frozen.node:
         if node.op in FUSED and node.attr["is_training"].b:
             problems.append("batch norm {!r} uses the statistics of the batch and has no moving averages".format(node.name))

@@ -15,10 +15,10 @@ _RANDOM = ("Random", "StatelessRandom", "TruncatedNormal", "ParameterizedTruncat
 
 
 class Edge(NamedTuple):
-    """Input ``index`` of operation ``op``."""
+    """Input number ``position`` of operation ``op``."""
 
     op: tf.Operation
-    index: int
+    position: int
 
 
 def edges_from(tensor: tf.Tensor) -> List[Edge]:
@@ -31,7 +31,7 @@ def edges_from(tensor: tf.Tensor) -> List[Edge]:
 def connect(edges: Iterable[Edge], tensor: tf.Tensor) -> None:
     """Make each edge read ``tensor``. Without effect on a session that already ran: see ``checks``."""
     for edge in edges:
-        edge.op._update_input(edge.index, tensor)  # TensorFlow has no public way to move an edge
+        edge.op._update_input(edge.position, tensor)  # TensorFlow has no public way to move an edge
 
 
 def inside_control_flow(op: tf.Operation) -> bool:
@@ -41,7 +41,8 @@ def inside_control_flow(op: tf.Operation) -> bool:
 
 def variables_behind(tensor: tf.Tensor) -> List[str]:
     """Names of the variables that ``tensor`` hands on: one, several for a partitioned variable, none if computed."""
-    found, waiting = [], [tensor.op]  # type: List[str], List[tf.Operation]
+    found: List[str] = []
+    waiting: List[tf.Operation] = [tensor.op]
     while waiting:
         op = waiting.pop(0)
         if op.type in _VARIABLES:
@@ -61,7 +62,8 @@ def _values(op: tf.Operation) -> List[tf.Tensor]:
 
 def ancestors(ops: Iterable[tf.Operation]) -> Set[str]:
     """Names of ``ops`` and of everything that their values are computed from."""
-    seen, waiting = set(), list(ops)  # type: Set[str], List[tf.Operation]
+    seen: Set[str] = set()
+    waiting: List[tf.Operation] = list(ops)
     while waiting:
         op = waiting.pop()
         if op.name not in seen:
@@ -72,12 +74,12 @@ def ancestors(ops: Iterable[tf.Operation]) -> Set[str]:
 
 def constant_tensors(graph: tf.Graph) -> Set[str]:
     """Names of the tensors that depend on variables and constants alone."""
-    fixed = set()  # type: Set[str]
+    fixed: Set[str] = set()
     for op in graph.get_operations():
         source = op.type in _VARIABLES or op.type == "Const"
         inputs = list(op.inputs)[:1] if op.type in _GATES else op.inputs
         computed = bool(inputs) and all(tensor.name in fixed for tensor in inputs)
-        if source or (computed and not is_random(op.type)):
+        if source or (computed and not is_random(op.type) and op.type != "PlaceholderWithDefault"):
             fixed.update(tensor.name for tensor in op.outputs)
     return fixed
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Dict, List, NamedTuple, Optional, Set
+from typing import Dict, NamedTuple, Optional, Set
 
 import numpy as np
 import tensorflow.compat.v1 as tf

@@ -11,7 +11,7 @@ from slimtrain.hooks.dropout import find_dropouts
 from slimtrain.hooks.graph import ancestors, constant_tensors, find_tensor, float_inputs
 from slimtrain.hooks.layers import Layer, find_layers
 
-_KINDS = {
+_KINDS: Dict[OpKind, Tuple[str, ...]] = {
     OpKind.RELU: ("Relu",),
     OpKind.RELU6: ("Relu6",),
     OpKind.NON_NEGATIVE: ("Sigmoid", "Softmax", "Abs", "Exp", "Softplus", "Square", "Sqrt"),
@@ -21,7 +21,7 @@ _KINDS = {
                   "BatchToSpaceND", "DepthToSpace", "SpaceToDepth", "Tile", "ResizeNearestNeighbor", "CheckNumerics"),
     OpKind.MAX_POOL: ("MaxPool", "MaxPoolV2"),
     OpKind.RESIZE: ("ResizeBilinear",),
-}  # type: Dict[OpKind, Tuple[str, ...]]
+}
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 #: operations that watch a network without being part of it
 _WATCHERS = ("Summary", "Assert", "Print", "Histogram")

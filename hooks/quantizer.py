@@ -1,6 +1,7 @@
 """What all quantizers of a TensorFlow graph share: which tensors are quantized, where, and what becomes of them."""
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set
 
@@ -115,9 +116,9 @@ class GraphQuantizer:
             self.clean = self.graph.as_graph_def()
             self._is_training = self._state_tensor()
             self._grids = self._choose_grids()
-            self._scales = {}  # type: Dict[Owner, Scale]
-            self._weight_scales = {}  # type: Dict[str, Scale]
-            self._kernels = {}  # type: Dict[str, tf.Tensor]
+            self._scales: Dict[Owner, Scale] = {}
+            self._weight_scales: Dict[str, Scale] = {}
+            self._kernels: Dict[str, tf.Tensor] = {}
             self._quantize_graph()
         if debug_info:
             self._log_layers()
@@ -244,8 +245,8 @@ class GraphQuantizer:
 
     def current_grids(self, sess: tf.Session) -> Grids:
         """The levels as they are now."""
-        return Grids({name: self.weight_grid for name in self.layers}, self._grids,
-                     {name: QuantMethod.QAT for name in self.layers})
+        return Grids(dict.fromkeys(self.layers, self.weight_grid), self._grids,
+                     dict.fromkeys(self.layers, QuantMethod.QAT))
 
     def prepare(self) -> None:
         """Called before the graph is edited."""
@@ -272,7 +273,7 @@ class GraphQuantizer:
     def _quantize_graph(self) -> None:
         self.prepare()
         for layer in self.layers.values():
-            change_edge(layer.op, 1, layer.name + "/kernel", lambda kernel, layer=layer: self._weights(layer, kernel))
+            change_edge(layer.op, 1, layer.name + "/kernel", functools.partial(self._weights, layer))
         for op in list(self.graph.get_operations()):
             for tensor in op.outputs:
                 owner = self._placement.quantizers.get(tensor.name)

@@ -17,6 +17,7 @@ from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.operations import Network
 from slimtrain.hooks.state import SCOPE
 
+
 class Rewriting(NamedTuple):
     """Everything that turns a network into its deployed form."""
 

@@ -44,7 +44,7 @@ class QuantizerHook(tf.train.SessionRunHook):
         self._exports = bool(output_names)
         self._is_chief = is_chief
         self._last_checkpoint = ""
-        self._written = {}  # type: Dict[str, str]
+        self._written: Dict[str, str] = {}
 
     @property
     def is_training(self) -> tf.Tensor:

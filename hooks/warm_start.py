@@ -29,7 +29,8 @@ def start_from_checkpoint(graph: tf.Graph, checkpoint: str) -> int:
         shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
     except (ValueError, tf.errors.OpError) as error:
         raise ValueError("init_checkpoint {!r} is no checkpoint: {}".format(checkpoint, error)) from error
-    assignment, others = {}, []  # type: Dict[str, Any], List[str]
+    assignment: Dict[str, Any] = {}
+    others: List[str] = []
     for name, (shape, variables) in _whole_variables(graph).items():
         if shapes.get(name) == shape:
             assignment[name] = variables if len(variables) > 1 else variables[0]
@@ -47,7 +48,7 @@ def start_from_checkpoint(graph: tf.Graph, checkpoint: str) -> int:
 
 def _whole_variables(graph: tf.Graph) -> Dict[str, Tuple[List[int], List[Any]]]:
     """Variables by the name under which a checkpoint holds them, the parts of a partitioned one together."""
-    whole = {}  # type: Dict[str, Tuple[List[int], List[Any]]]
+    whole: Dict[str, Tuple[List[int], List[Any]]] = {}
     with graph.as_default():
         step = tf.train.get_global_step()
     for variable in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES):

@@ -2,10 +2,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from tf_setup import session, tf
 
 import slimtrain.hooks as hooks
 from slimtrain.proto import convert, run_model
+from tf_setup import session, tf
 
 
 class Trained(NamedTuple):

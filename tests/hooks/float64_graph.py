@@ -4,7 +4,7 @@ Assignments and other side effects are left out: only what the wanted values are
 """
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, List, Mapping, Sequence
 
 import numpy as np
 import tensorflow.compat.v1 as tf

@@ -1,16 +1,17 @@
 """One monitored training run of a small network, to be started, killed and resumed as a process of its own.
 
-    python monitored_run.py FOLDER LAST_STEP [--kill STEP] [--quantizer LSQ] [--worker INDEX --ports PS,W0,W1]
+python monitored_run.py FOLDER LAST_STEP [--kill STEP] [--quantizer LSQ] [--worker INDEX --ports PS,W0,W1]
 """
 import argparse
 import os
 import signal
+import time
 
 import numpy as np
-import tf_nets
-from tf_setup import one_thread, tf
 
 import slimtrain.hooks as hooks
+import tf_nets
+from tf_setup import one_thread, tf
 
 
 def build(quantizer, folder, is_chief=True, **arguments):
@@ -54,7 +55,12 @@ def main():
     parser.add_argument("--ports")
     options = parser.parse_args()
     if options.worker is not None:
-        return work(options)
+        work(options)
+    else:
+        train_alone(options)
+
+
+def train_alone(options):
     x, train, step, hook = build(options.quantizer, options.folder)
     with tf.train.MonitoredTrainingSession(
             checkpoint_dir=os.path.join(options.folder, "ckpt"), hooks=[hook, Kill(options.kill)],
@@ -77,15 +83,14 @@ def work(options):
     is_chief = options.worker == 0
     with tf.device(tf.train.replica_device_setter(cluster=cluster, worker_device="/job:worker/task:%d" % options.worker)):
         x, train, step, hook = build(options.quantizer, options.folder, is_chief)
-    done = 0
     with tf.train.MonitoredTrainingSession(
             server.target, is_chief=is_chief, checkpoint_dir=os.path.join(options.folder, "ckpt"), hooks=[hook],
             save_checkpoint_steps=10, save_summaries_steps=None, save_summaries_secs=None,
             log_step_count_steps=None) as session:
-        while session.run(step) < options.last:
-            session.run(train, {x: batch(1000 * options.worker + done)})
-            done += 1
-    print("worker", options.worker, "steps", done)
+        for number in range(options.last // 2):
+            session.run(train, {x: batch(1000 * options.worker + number)})
+        while is_chief and session.run(step) < options.last:  # its last checkpoint shall hold everybody's steps
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 import gc
 
 import pytest
-import tf_nets
-from tf_setup import IS_1, MODE, session, tf
 
+import tf_nets
 from slimtrain.hooks import LSQQuantizer, LSQQuantizerHook, OAQQuantizer, get_qat_state_placeholder
+from tf_setup import IS_1, MODE, session, tf
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """What was trained is what is deployed: fake quantization in float64, the integers of the core, and MNN itself."""
 import numpy as np
 import pytest
+
 import tf_nets
 from deploying import build, deployed, images, train
 from float64_graph import run_in_float64
-from tf_setup import session, tf
-
 from slimtrain.core import ConversionError, sqnr_db
 from slimtrain.hooks import LSQQuantizer
+from tf_setup import session, tf
 
 NETS = {"mobile": tf_nets.mobile_net, "wide": tf_nets.wide_net, "plain": tf_nets.plain_net, "pools": tf_nets.pool_net}
 CASES = [("mobile", quantizer, bits) for quantizer in ("LSQ", "EMA", "OAQ") for bits in (8, 4, 2)] + [

@@ -1,12 +1,12 @@
 """The graph operation against the numpy core on the same arrays: values, gradients of values, gradients of scales."""
 import numpy as np
 import pytest
-from tf_setup import session, tf
 
 from slimtrain.core import activation_grid, fake_quantize, lsq_gradient, max_abs_scale, weight_grid
 from slimtrain.hooks.fake_quant import fake_quantize as graph_fake_quantize
 from slimtrain.hooks.fake_quant import levels_of
 from slimtrain.hooks.state import max_abs
+from tf_setup import session, tf
 
 CASES = [
     ("weights of a convolution", (3, 3, 4, 6), 3, weight_grid(8)),

@@ -1,14 +1,14 @@
 """Finding weights, biases, batch norms and dropouts, however the graph was written."""
 import numpy as np
 import pytest
-import tf_nets
-from tf_setup import IS_1, MODE, session, tf
 
+import tf_nets
 from slimtrain.core import OpKind
 from slimtrain.hooks import LSQQuantizer
 from slimtrain.hooks.graph import variables_behind
 from slimtrain.hooks.helpers import get_op_name_of_type
 from slimtrain.hooks.operations import read_network, translate
+from tf_setup import IS_1, MODE, session, tf
 
 slim_exists = IS_1
 
@@ -175,7 +175,7 @@ def test_summaries_do_not_break_up_a_fused_layer():
 def test_the_mode_is_what_the_environment_says():
     with tf.Graph().as_default():
         variable = tf.get_variable("v", [1])
-    assert ("VarHandleOp" == variable.op.type) is (MODE == "resource")
+    assert (variable.op.type == "VarHandleOp") is (MODE == "resource")
 
 
 def test_one_dimensional_and_partitioned_weights_are_quantized_like_any_other():

@@ -1,11 +1,10 @@
 """The samples of the seed's guide, with nothing but the import line changed, deploy exactly."""
 import numpy as np
 import pytest
-import tf_nets
-from deploying import images
-from tf_setup import session, tf
 
 import slimtrain.hooks.helpers as helper
+import tf_nets
+from deploying import images
 from slimtrain.core import sqnr_db
 from slimtrain.hooks import (
     EMAQuantizer,
@@ -15,7 +14,8 @@ from slimtrain.hooks import (
     get_qat_state_placeholder,
     strip_MNN_QAT_ops,
 )
-from slimtrain.proto import convert, prune_algorithm, PruneType, read_params, run_model, save_algorithm
+from slimtrain.proto import PruneType, convert, prune_algorithm, read_params, run_model, save_algorithm
+from tf_setup import session, tf
 
 
 def float_checkpoint(net, folder):

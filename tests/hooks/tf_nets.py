@@ -1,5 +1,6 @@
 """Networks of the tests, written with variables and functions that exist in every TensorFlow."""
 import numpy as np
+
 from tf_setup import tf
 
 

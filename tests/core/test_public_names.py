@@ -1,0 +1,123 @@
+"""hooks/ and callbacks/ offer the same algorithms under the same names with the same arguments; read by AST alone.
+
+What differs has to be in the tables below, with its reason.
+"""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: algorithm -> why one side does not have it, or not yet
+ONE_SIDED = {
+    "EMAQuantizer": "issue 6 brings it to PyTorch",
+    "OAQQuantizer": "issue 6 brings it to PyTorch",
+    "WAQQuantizer": "issue 6; the seed has it for PyTorch",
+    "WeightQuantizer": "issue 6 brings it to TensorFlow",
+    "SNIPLevelPruner": "issue 4 brings it to TensorFlow",
+    "SIMDOCPruner": "issue 4 brings it to TensorFlow",
+    "TaylorFOChannelPruner": "issue 4 brings it to TensorFlow",
+    "LOP": "issue 5 brings it to TensorFlow",
+    "LowRankDecomposition": "issue 5 brings it to TensorFlow",
+}
+
+#: functions of the seed's interface that only make sense in one framework
+FRAMEWORK_ONLY = {
+    "MNN_QAT_variables": "graph collections exist in TensorFlow only",
+    "get_qat_state_placeholder": "placeholders exist in TensorFlow only; modules know train() and eval()",
+    "strip_MNN_QAT_ops": "strips a graph that was read from a file; PyTorch's object is always there",
+    "helpers": "operations have names in TensorFlow; modules are named by named_modules()",
+}
+
+#: an argument of an algorithm's object -> why only one side has it
+ARGUMENTS = {
+    "graph": "what a TensorFlow object edits",
+    "model": "what a PyTorch object edits",
+    "is_training": "a graph is built for training or testing; a module is switched by train() and eval()",
+    "skip_quant_flag": "the seed's argument for TensorFlow; PyTorch takes patterns in skip_quant_layers",
+    "mode": "offline calibration is the seed's argument for PyTorch",
+    "output_names": "a graph also holds the loss; a module is called for its outputs",
+    "scale_lr_ratio": "PyTorch's optimizers have parameter groups; TensorFlow's take one learning rate",
+}
+
+#: the same for hooks and callbacks, which live in different loops
+LOOP_ARGUMENTS = {
+    "export_dir": "hooks export beside a checkpoint folder", "export_to": "callbacks export to a stem",
+    "export_checkpoints": "hooks always do: TensorFlow's saver keeps the count small",
+    "init_checkpoint": "Lightning loads weights before fit", "is_chief": "Lightning knows its own rank",
+    "module": "a LightningModule may hold several modules", "calibration_batches": "hooks start scales in the graph",
+}
+
+
+def public_names(folder):
+    """name -> module that defines it, from the imports of ``__init__``."""
+    tree = ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8"))
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names.update((alias.asname or alias.name, node.module) for alias in node.names)
+    return names
+
+
+def constructor(folder, name):
+    """Arguments of a class, in order, or None for what is no class with a constructor of its own."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                for item in node.body:
+                    if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                        return [argument.arg for argument in item.args.args[1:] + item.args.kwonlyargs]
+    return None
+
+
+def compared(ours, theirs, allowed):
+    """What differs although no table allows it."""
+    return [name for name in ours if name not in theirs and name not in allowed]
+
+
+HOOKS, CALLBACKS = public_names("hooks"), public_names("callbacks")
+ALGORITHMS = sorted(name[:-len("Hook")] for name in HOOKS if name.endswith("Hook"))
+SHARED = [name for name in ALGORITHMS if name in CALLBACKS]
+
+
+def test_there_is_something_to_compare():
+    assert "LSQQuantizer" in SHARED
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_of_hooks_is_one_of_callbacks(name):
+    assert name in HOOKS
+    assert name in ONE_SIDED or (name in CALLBACKS and name + "Callback" in CALLBACKS)
+
+
+@pytest.mark.parametrize("name", sorted(name[:-len("Callback")] for name in CALLBACKS if name.endswith("Callback")))
+def test_an_algorithm_of_callbacks_is_one_of_hooks(name):
+    assert name in ONE_SIDED or (name in HOOKS and name + "Hook" in HOOKS)
+
+
+def test_every_other_name_of_hooks_has_a_reason():
+    others = [name for name in HOOKS if name not in ALGORITHMS and name[:-len("Hook")] not in ALGORITHMS]
+    assert [name for name in others if name not in FRAMEWORK_ONLY and name not in CALLBACKS] == []
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_objects_take_the_same_arguments_in_the_same_order(name):
+    hooks, callbacks = constructor("hooks", name), constructor("callbacks", name)
+    assert compared(hooks, callbacks, ARGUMENTS) == []
+    assert compared(callbacks, hooks, ARGUMENTS) == []
+    common = [argument for argument in hooks if argument in callbacks]
+    assert common == [argument for argument in callbacks if argument in hooks]
+
+
+@pytest.mark.parametrize("name", [name for name in SHARED if name + "Callback" in CALLBACKS])
+def test_hooks_and_callbacks_take_the_arguments_of_their_object(name):
+    allowed = set(ARGUMENTS) | set(LOOP_ARGUMENTS)
+    hook, callback = constructor("hooks", name + "Hook"), constructor("callbacks", name + "Callback")
+    assert set(constructor("hooks", name)) <= set(hook)
+    assert compared(hook, callback, allowed) == [] and compared(callback, hook, allowed) == []
+
+
+def test_the_comparison_finds_a_difference():
+    assert compared(["bits", "odd"], ["bits"], ARGUMENTS) == ["odd"]
+    assert constructor("hooks", "LSQQuantizer")[:2] == ["graph", "is_training"]
