@@ -1,11 +1,15 @@
 """slimtrain for PyTorch: compression objects for plain loops and a Lightning callback over each."""
 
+from slimtrain.callbacks.ema_callback import EMAQuantizerCallback
+from slimtrain.callbacks.ema_quantizer import EMAQuantizer
 from slimtrain.callbacks.exporting import Deployed, Exported
 from slimtrain.callbacks.lop import LOP, ExpandedLine
 from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, low_rank_decompose
 from slimtrain.callbacks.low_rank_structure import apply_structure, restore_dense
 from slimtrain.callbacks.lsq_callback import LSQQuantizerCallback
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
+from slimtrain.callbacks.oaq_callback import OAQQuantizerCallback
+from slimtrain.callbacks.oaq_quantizer import OAQQuantizer
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
 from slimtrain.callbacks.shrinking import load_channel_plan, load_shrunk, save_channel_plan, shrink
 from slimtrain.callbacks.simd_oc_callback import SIMDOCPrunerCallback
@@ -18,14 +22,18 @@ from slimtrain.callbacks.weight_quantizer import WeightQuantizer
 from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallback
 
 __all__ = [
+    "LOP",
     "Deployed",
+    "EMAQuantizer",
+    "EMAQuantizerCallback",
     "ExpandedLine",
     "Exported",
     "FactorizedLayer",
-    "LOP",
     "LSQQuantizer",
     "LSQQuantizerCallback",
     "LowRankDecomposition",
+    "OAQQuantizer",
+    "OAQQuantizerCallback",
     "PrunedFile",
     "SIMDOCPruner",
     "SIMDOCPrunerCallback",

@@ -15,6 +15,7 @@ from slimtrain.callbacks.layer_scales import LayerScales
 from slimtrain.callbacks.layers import is_depthwise
 from slimtrain.callbacks.recording import Plan, PlannedCall
 from slimtrain.core import SMALLEST_SCALE, Grid, Role, quantize
+from slimtrain.proto import QuantMethod
 
 # below this MNN's depthwise kernel computes with 1e-6 instead
 _SMALLEST_DEPTHWISE_SCALE = 2e-6
@@ -51,6 +52,7 @@ class DeployedLayer(NamedTuple):
     input_grid: Grid
     output_grid: Grid
     weight_grid: Grid
+    method: QuantMethod = QuantMethod.QAT
 
     @property
     def weight(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The learned scales of one layer, beside its weights but outside the model's ``state_dict``."""
 from __future__ import annotations
 
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class LayerScales(nn.Module):
         """Integer range of the input or output."""
         return self._range(1 + _POSITION[role], self._grids[role])
 
-    def set_activation_scale(self, role: Role, scale: float) -> None:
+    def set_activation_scale(self, role: Role, scale: Union[float, Tensor]) -> None:
         """Overwrite one activation scale."""
         with torch.no_grad():
             self.activation[_POSITION[role]] = scale

@@ -112,7 +112,12 @@ class Simulation(Handler):
         bias = argument(call.args, call.kwargs, 2, "bias")
         if bias is not None and is_depthwise(layer) and call.layer not in self._folded:
             bias = on_grid(bias, self._scale(owner).to(bias.dtype) * scales.weight_scale().to(bias.dtype))
-        return call.function(x, quantized, bias, *rest, **more)  # type: ignore[no-any-return]
+        result: Tensor = call.function(x, quantized, bias, *rest, **more)
+        self.computed(call.layer, owner, result, bias)
+        return result
+
+    def computed(self, layer: str, owner: Quantizer, result: Tensor, bias: Optional[Tensor]) -> None:
+        """A layer computed ``result`` in training, from the input of ``owner``."""
 
     def _device_value(self, call: Call, owner: Quantizer, x: Tensor, rest: Any, more: Any) -> Optional[Tensor]:
         """The layer's fused output as the device computes it; None in training and where there is no plan."""
