@@ -1,7 +1,7 @@
 """Quantization-aware training of a digits classifier in a ``MonitoredTrainingSession``, down to int8 in MNN.
 
-A small residual network is trained in float, then for a few epochs with ``LSQQuantizerHook``, which leaves a frozen graph and
-its ``compress_params.bin`` behind. MNN converts and runs them; the table at the end says what that changed.
+A small residual network is trained in float, then for a few epochs with ``LSQQuantizerHook``, which leaves a frozen
+graph and its ``compress_params.bin`` behind. MNN converts and runs them; the table at the end says what that changed.
 
     python examples/digits_monitored_session.py [--out out/demo-tf]
 
@@ -41,12 +41,14 @@ def load_images():
 
 
 def conv(x, name, channels, size=3, stride=1):
+    """A convolution without bias."""
     shape = [size, size, x.shape.as_list()[-1], channels]
     kernel = tf.get_variable(name + "/kernel", shape, initializer=tf.variance_scaling_initializer(2.0, seed=SEED))
     return tf.nn.conv2d(x, kernel, strides=[1, stride, stride, 1], padding="SAME", name=name + "/conv")
 
 
 def depthwise(x, name, stride=1):
+    """A 3x3 depthwise convolution without bias."""
     kernel = tf.get_variable(name + "/kernel", [3, 3, x.shape.as_list()[-1], 1],
                              initializer=tf.random_normal_initializer(0.0, 0.4, seed=SEED))
     return tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], "SAME", name=name + "/depthwise")
@@ -70,6 +72,7 @@ def batch_norm(x, name, training, momentum=0.9):
 
 
 def dense(x, name, units):
+    """A matrix product with bias."""
     kernel = tf.get_variable(name + "/kernel", [x.shape.as_list()[-1], units],
                              initializer=tf.variance_scaling_initializer(2.0, seed=SEED))
     bias = tf.get_variable(name + "/bias", [units], initializer=tf.zeros_initializer())
@@ -114,7 +117,7 @@ def train(folder, images, labels, steps, rate, progress, title, make_hook=None):
 
 
 def test(checkpoint, images, labels, quantized):
-    """Restore into a test graph: (accuracy, values of the simulation, coverage) - the last two if ``quantized``."""
+    """Restore into a test graph: (accuracy, scores, scores in integer arithmetic if ``quantized``)."""
     with tf.Graph().as_default() as graph:
         x = tf.placeholder(tf.float32, [None, 8, 8, 1], name="image")
         logits = network(x, training=False)
@@ -138,6 +141,7 @@ def export_float(checkpoint, path):
 
 
 def accuracy(scores, labels):
+    """Share of the images whose highest score is that of their label."""
     return float((np.argmax(scores, axis=1) == labels).mean())
 
 
@@ -168,6 +172,7 @@ def draw(path, params, scores, simulated):
 
 
 def main():
+    """Train, export, convert, run, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=os.path.join("out", "demo-tf"))
     out = parser.parse_args().out
@@ -189,13 +194,12 @@ def main():
     params = os.path.join(out, "model.compress_params.bin")
     scores, int8_mnn = deploy(os.path.join(out, "model"), test_images, test_labels, params)
     report = {
-        "tensorflow": tf.__version__, "coverage": int8_mnn["coverage"], "sqnr_db": min(sqnr_db(simulated, scores), 300.0),
-        "sqnr_fake_quant_db": min(sqnr_db(fake, scores), 300.0), "sqnr_float_db": None,
+        "tensorflow": tf.__version__, "coverage": int8_mnn["coverage"],
+        "sqnr_db": min(sqnr_db(simulated, scores), 300.0), "sqnr_fake_quant_db": min(sqnr_db(fake, scores), 300.0),
         "accuracy": {"float": float_accuracy, "fake_quant": fake_accuracy, "mnn_float": float_mnn["accuracy"],
                      "mnn_int8": int8_mnn["accuracy"]},
         "bytes": {"mnn_float": float_mnn["bytes"], "mnn_int8": int8_mnn["bytes"]},
         "ms": {"mnn_float": float_mnn["ms"], "mnn_int8": int8_mnn["ms"]}, "seconds": time.time() - started}
-    del report["sqnr_float_db"]
     with open(os.path.join(out, "report.json"), "w") as file:
         json.dump(report, file, indent=2)
     draw(os.path.join(out, "report.png"), params, scores, simulated)
@@ -204,6 +208,7 @@ def main():
 
 
 def show(report, out):
+    """Print the table."""
     table = Table(title="digits, TensorFlow {tensorflow}: coverage {coverage:.0%}, MNN int8 against its simulation "
                         "{sqnr_db:.0f} dB".format(**report))
     for title in ("", "accuracy", "bytes", "ms"):

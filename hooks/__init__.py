@@ -1,4 +1,4 @@
-"""TensorFlow: quantizers of graphs, on 1.15 and on 2.x through ``tensorflow.compat.v1``, and hooks for monitored sessions."""
+"""TensorFlow 1.15, and 2.x through ``tensorflow.compat.v1``: quantizers of graphs, and hooks for monitored sessions."""
 
 from slimtrain.hooks import helpers
 from slimtrain.hooks.ema_quantizer import EMAQuantizer

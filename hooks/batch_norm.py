@@ -1,7 +1,7 @@
 """Batch normalization in a graph: where it starts and ends, and which tensors hold its inference statistics.
 
-With a Python bool for ``training`` it is one fused operation. With a placeholder, version 1 of control flow makes two of
-them, each behind switches, and a merge. In training form the operation knows only the statistics of the batch; the
+With a Python bool for ``training`` it is one fused operation. With a placeholder, version 1 of control flow makes two
+of them, each behind switches, and a merge. In training form the operation knows only the statistics of the batch; the
 moving averages are found where its batch statistics flow to.
 """
 from __future__ import annotations
@@ -41,7 +41,7 @@ def find_batch_norms(graph: tf.Graph) -> Dict[str, BatchNorm]:
     merged: Set[str] = set()
     ops = graph.get_operations()
     for op in ops:
-        if op.type == "Merge" and all(source.op.type in FUSED for source in op.inputs) and op.inputs[0].name.endswith(":0"):
+        if op.type == "Merge" and all(source.op.type in FUSED and source.value_index == 0 for source in op.inputs):
             norm = _merged(op)
             merged.update(source.op.name for source in op.inputs)
             if norm is not None:

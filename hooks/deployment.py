@@ -42,7 +42,9 @@ class LayerSource(NamedTuple):
     def activation(self) -> str:
         """What is fused behind the layer: "relu", "relu6" or nothing."""
         ends = self.call.tensor if self.norm is None else self.norm.output.name
-        return "" if self.call.fused == ends else str(self.layer.op.graph.get_tensor_by_name(self.call.fused).op.type.lower())
+        if self.call.fused == ends:
+            return ""
+        return str(self.layer.op.graph.get_tensor_by_name(self.call.fused).op.type.lower())
 
 
 class Numbers(NamedTuple):

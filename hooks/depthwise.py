@@ -1,8 +1,8 @@
 """The bias of depthwise layers: MNN truncates it to an integer number of accumulator steps.
 
-In tests the simulation has to do the same, or one result in a few hundred is off by a level. The bias that counts is the
-one after batch normalization is folded; it is rounded to the nearest integer here, and the exported file holds a value
-that truncates to that integer.
+In tests the simulation has to do the same, or one result in a few hundred is off by a level. The bias that counts is
+the one after batch normalization is folded; it is rounded to the nearest integer here, and the exported file holds a
+value that truncates to that integer.
 """
 from __future__ import annotations
 

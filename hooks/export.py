@@ -1,14 +1,14 @@
 """A frozen inference graph from a live training session, made on a copy.
 
-The copy starts from the GraphDef that was taken before anything was inserted, and only reads the session's variables: the
-training graph keeps its operations and its version, and stays finalized.
+The copy starts from the GraphDef that was taken before anything was inserted, and only reads the session's variables:
+the training graph keeps its operations and its version, and stays finalized.
 """
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Set, Tuple
 
 import tensorflow.compat.v1 as tf
 
@@ -51,7 +51,8 @@ def export_model(stem: str, session: tf.Session, clean: Any, rewriting: Rewritin
         params = os.path.join(folder, "params.bin")
         write_params_file(params, rewriting.deployed, append=False)
         with open(params, "rb") as file:
-            replace_all([(stem + ".pb", frozen.SerializeToString(deterministic=True)), (stem + ".compress_params.bin", file.read())])
+            replace_all([(stem + ".pb", frozen.SerializeToString(deterministic=True)),
+                         (stem + ".compress_params.bin", file.read())])
 
 
 def write_params_file(filename: str, deployed: Sequence[DeployedLayer], append: bool) -> None:
@@ -80,7 +81,42 @@ def inference_copy(clean: Any, network: Network) -> Tuple[tf.Graph, Replacements
         tf.import_graph_def(clean, name="")
     replacements = add_inference_norms(copy, [norm for norm in network.norms.values() if norm.training])
     replacements.update(_placeholders(copy, network.within))
+    for name, tensor in _test_branches(copy, network.within).items():
+        replacements.setdefault(name, tensor)
     return copy, replacements
+
+
+def _test_branches(graph: tf.Graph, within: Set[str]) -> Replacements:
+    """What a version 1 ``cond`` on a placeholder gives when that is false, as a training state is at inference."""
+    switches = [op for op in graph.get_operations()
+                if op.type == "Switch" and op.name in within and _is_state(op.inputs[1])]
+    decided = {op.outputs[0].name: op.inputs[0] for op in switches}
+    untaken = {op.outputs[1].name for op in switches}
+    for op in graph.get_operations():
+        if op.type == "Merge" and op.name in within and any(_reaches(source, untaken) for source in op.inputs):
+            decided[op.outputs[0].name] = next(source for source in op.inputs if not _reaches(source, untaken))
+    return decided
+
+
+def _is_state(predicate: tf.Tensor) -> bool:
+    while predicate.op.type == "Identity":
+        predicate = predicate.op.inputs[0]
+    return predicate.op.type in ("Placeholder", "PlaceholderWithDefault") and predicate.shape.rank == 0
+
+
+def _reaches(tensor: tf.Tensor, wanted: Set[str]) -> bool:
+    """Whether a branch that ends in ``tensor`` begins at one of ``wanted``."""
+    waiting: List[tf.Tensor] = [tensor]
+    seen: Set[str] = set()
+    while waiting:
+        current = waiting.pop()
+        if current.name in wanted:
+            return True
+        if current.op.name not in seen and current.op.type != "Switch":  # a branch begins at its switches
+            seen.add(current.op.name)
+            waiting.extend(current.op.inputs)
+            waiting.extend(output for op in current.op.control_inputs for output in op.outputs[:1])
+    return False
 
 
 def without_dropout(graph: tf.Graph, network: Network) -> Replacements:
@@ -88,7 +124,7 @@ def without_dropout(graph: tf.Graph, network: Network) -> Replacements:
     return {name: graph.get_tensor_by_name(source.name) for name, source in network.dropouts.items()}
 
 
-def _placeholders(graph: tf.Graph, within: Any) -> Replacements:
+def _placeholders(graph: tf.Graph, within: Set[str]) -> Replacements:
     """Placeholders in the place of what an input pipeline delivers."""
     wanted = [tensor for op in graph.get_operations() if op.type in _SOURCES and op.name in within
               for tensor in op.outputs if any(reader.name in within for reader in tensor.consumers())]
@@ -139,7 +175,8 @@ def _check_inference(frozen: Any) -> None:
     problems: List[str] = []
     for node in frozen.node:
         if node.op in FUSED and node.attr["is_training"].b:
-            problems.append("batch norm {!r} uses the statistics of the batch and has no moving averages".format(node.name))
+            problems.append("batch norm {!r} uses the statistics of the batch and has no moving averages".format(
+                node.name))
         elif is_random(node.op):
             problems.append("{} {!r} draws random numbers".format(node.op, node.name))
     if problems:

@@ -1,8 +1,8 @@
-"""The fake-quantization operations of a graph, tested against ``slimtrain.core`` value by value and gradient by gradient.
+"""The fake-quantization operation of a graph; ``slimtrain.core`` is the oracle of its values and gradients.
 
-``y = clip(round(x / s), lower, upper) * s``, rounding half away from zero. The gradient of ``x`` passes straight through
-inside the range and is zero outside; that of a learned ``s`` is LSQ's (Esser et al., arXiv 1902.08153, equations 3
-and 5): the rounding error inside, the clip level outside, times ``1 / sqrt(N * upper)``.
+``y = clip(round(x / s), lower, upper) * s``, rounding half away from zero. The gradient of ``x`` passes straight
+through inside the range and is zero outside; that of a learned ``s`` is LSQ's (Esser et al., arXiv 1902.08153,
+equations 3 and 5): the rounding error inside, the clip level outside, times ``1 / sqrt(N * upper)``.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and editing the edges of a TensorFlow graph; the only place that touches TensorFlow's private editing calls."""
+"""Reading and editing the edges of a TensorFlow graph."""
 from __future__ import annotations
 
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set

@@ -8,11 +8,11 @@ So a graph that was read from a checkpoint can be stripped without any object of
 from __future__ import annotations
 
 import re
-from typing import Callable, List
+from typing import Callable
 
 import tensorflow.compat.v1 as tf
 
-from slimtrain.hooks.graph import connect, edges_from
+from slimtrain.hooks.graph import Edge, connect, edges_from
 from slimtrain.hooks.state import SCOPE
 
 #: additions, as of a bias
@@ -46,7 +46,7 @@ def change_edge(op: tf.Operation, index: int, place: str, change: Change) -> Non
     with tf.name_scope("{}/{}/".format(SCOPE, place)):
         changed = tf.identity(change(tf.identity(tensor, name="source")), name="quantized")
     changed.set_shape(tensor.shape)
-    op._update_input(index, changed)  # TensorFlow has no public way to move an edge
+    connect([Edge(op, index)], changed)
 
 
 def can_change_result(tensor: tf.Tensor) -> bool:
@@ -72,8 +72,8 @@ def pass_through(tensor: tf.Tensor, value: tf.Tensor) -> None:
     if op.type in SUMS:
         other = op.inputs[1 - data]
         with tf.name_scope("{}/{}/".format(SCOPE, place_name(tensor))):
-            op._update_input(1 - data, tf.zeros(other.shape.as_list(), other.dtype.base_dtype, name="zeros"))
-    op._update_input(data, value)
+            connect([Edge(op, 1 - data)], tf.zeros(other.shape.as_list(), other.dtype.base_dtype, name="zeros"))
+    connect([Edge(op, data)], value)
 
 
 def _twin(op: tf.Operation) -> tf.Tensor:
@@ -107,15 +107,10 @@ def strip(graph: tf.Graph) -> int:
             original = graph.get_operation_by_name((twin.group(1) or "") + twin.group(2))
             for index, tensor in enumerate(op.inputs):
                 moved += original.inputs[index].name != tensor.name
-                original._update_input(index, tensor)
+                connect([Edge(original, index)], tensor)
     return moved
 
 
 def is_ours(name: str) -> bool:
     """Whether an operation was added by quantization."""
     return name.startswith(SCOPE + "/") or "/{}/".format(SCOPE) in name
-
-
-def quantized_names(graph: tf.Graph) -> List[str]:
-    """Names of the operations that stand in for what they quantize."""
-    return [op.name for op in graph.get_operations() if _QUANTIZED.match(op.name)]

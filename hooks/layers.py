@@ -103,7 +103,8 @@ def _why_float(op: tf.Operation, kind: LayerKind, kernel: tf.Tensor) -> str:
 
 def _why_float_convolution(op: tf.Operation, kind: LayerKind, kernel: tf.Tensor) -> str:
     if op.get_attr("data_format") != b"NHWC":
-        return "its data format is {}, MNN's TensorFlow converter reads NHWC".format(op.get_attr("data_format").decode())
+        return "its data format is {}, MNN's TensorFlow converter reads NHWC".format(
+            op.get_attr("data_format").decode())
     if op.get_attr("padding") == b"EXPLICIT":
         return "its padding is explicit, which MNN's TensorFlow converter does not read: use tf.pad and VALID"
     if kind is LayerKind.DEPTHWISE and kernel.shape.as_list()[3] != 1:

@@ -14,7 +14,7 @@ from slimtrain.hooks.state import Scale, started_scale
 
 
 class LSQQuantizer(GraphQuantizer):
-    """LSQ (Esser et al., arXiv 1902.08153): trainable scales, one per output channel of a weight and one per activation.
+    """LSQ (Esser et al., arXiv 1902.08153): trainable scales, per output channel for weights, one per activation.
 
     Scales start at the least squared error of the first weights and activations that they see.
 

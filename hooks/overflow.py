@@ -1,7 +1,8 @@
 """Which sums of a convolution would not fit 16 bits, told from its ordinary float result.
 
-An integer sum is the real result divided by ``input step * weight step``. Float32 keeps it within a tenth of an integer as
-far as a few times the 16-bit range, so comparing half-way between the last integer that fits and the next is exact.
+An integer sum is the real result divided by ``input step * weight step``. Float32 keeps it within a tenth of an
+integer as far as a few times the 16-bit range, so comparing half-way between the last integer that fits and the next
+is exact.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def overflowing(result: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
 
 
 def peak(result: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-    """The largest magnitude of an integer sum, a float32 scalar; more than ``MOST`` exactly when something overflows."""
+    """The largest magnitude of an integer sum, a scalar; more than ``MOST`` exactly when something overflows."""
     axes = list(range(result.shape.rank - 1))
     highest = tf.reduce_max(result, axis=axes) / step
     lowest = tf.reduce_min(result, axis=axes) / step

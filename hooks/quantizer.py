@@ -55,7 +55,7 @@ class Grids(NamedTuple):
 
 
 class GraphQuantizer:
-    """Simulates a graph as MNN will run it in int8; the base of ``LSQQuantizer``, ``EMAQuantizer`` and ``OAQQuantizer``.
+    """Simulates a graph as MNN will run it in int8; the base of the LSQ, EMA and OAQ quantizers.
 
     The constructor edits the forward graph, so it has to run after the model is built, and before the optimizer and
     before any session.
@@ -88,7 +88,8 @@ class GraphQuantizer:
                  weight_bits: Optional[int] = None, activation_bits: Optional[int] = None,
                  unsigned_activations: bool = True, output_names: Optional[Sequence[str]] = None) -> None:
         self.graph = graph if graph is not None else tf.get_default_graph()
-        self.bits = Bits(bits if weight_bits is None else weight_bits, bits if activation_bits is None else activation_bits)
+        self.bits = Bits(bits if weight_bits is None else weight_bits,
+                         bits if activation_bits is None else activation_bits)
         self.weight_grid = weight_grid(self.bits.weight)
         activation_grid(self.bits.activation)
         if is_training is not None and not isinstance(is_training, bool):
@@ -189,7 +190,8 @@ class GraphQuantizer:
             raise ValueError("export needs output_names, here or in the constructor")
         export_model(stem, sess, self.clean, self._rewriting(sess), names)
 
-    def simulate(self, sess: tf.Session, outputs: Sequence[str], feed_dict: Mapping[Any, np.ndarray]) -> List[np.ndarray]:
+    def simulate(self, sess: tf.Session, outputs: Sequence[str],
+                 feed_dict: Mapping[Any, np.ndarray]) -> List[np.ndarray]:
         """Run the deployed network with the integer arithmetic of ``slimtrain.core``: what a device computes.
 
         Args:

@@ -25,8 +25,8 @@ class LSQQuantizerHook(QuantizerHook):
         is_chief: whether this process exports and takes decisions, as given to the session.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as ``LSQQuantizer``; no checkpoint at ``init_checkpoint``; an ``export_dir``
-            without ``output_names``.
+        ValueError, TypeError, RuntimeError: as ``LSQQuantizer``; no checkpoint at ``init_checkpoint``;
+            an ``export_dir`` without ``output_names``.
     """
 
     def __init__(self, graph: Optional[tf.Graph] = None, is_training: Optional[bool] = None,
@@ -57,8 +57,8 @@ class EMAQuantizerHook(QuantizerHook):
         is_chief: whether this process exports and takes decisions, as given to the session.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as ``EMAQuantizer``; no checkpoint at ``init_checkpoint``; an ``export_dir``
-            without ``output_names``.
+        ValueError, TypeError, RuntimeError: as ``EMAQuantizer``; no checkpoint at ``init_checkpoint``;
+            an ``export_dir`` without ``output_names``.
     """
 
     def __init__(self, graph: Optional[tf.Graph] = None, is_training: Optional[bool] = None,
@@ -89,8 +89,8 @@ class OAQQuantizerHook(QuantizerHook):
         is_chief: whether this process exports and takes decisions, as given to the session.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as ``OAQQuantizer``; no checkpoint at ``init_checkpoint``; an ``export_dir``
-            without ``output_names``.
+        ValueError, TypeError, RuntimeError: as ``OAQQuantizer``; no checkpoint at ``init_checkpoint``;
+            an ``export_dir`` without ``output_names``.
     """
 
     def __init__(self, graph: Optional[tf.Graph] = None, is_training: Optional[bool] = None,

@@ -1,7 +1,7 @@
 """Writing a network the way MNN computes it as it was simulated.
 
-Works on any graph that holds the network's operations by name: a private copy for export, or the user's own graph when it
-is stripped. Nothing is deleted: replacements are added beside the old operations, and readers are moved over.
+Works on any graph that holds the network's operations by name: a private copy for export, or the user's own graph
+when it is stripped. Nothing is deleted: replacements are added beside the old operations, and readers are moved over.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tensorflow.compat.v1 as tf
 from slimtrain.core import Op, OpKind, Placement
 from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.deployment import DeployedLayer, deployed_scope, live_name
-from slimtrain.hooks.graph import connect, edges_from
+from slimtrain.hooks.graph import Edge, connect, edges_from
 from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.operations import Network
 from slimtrain.hooks.state import SCOPE
@@ -45,9 +45,9 @@ def _add_layer(graph: tf.Graph, deployed: DeployedLayer) -> tf.Tensor:
         bias = None if deployed.bias is None else tf.constant(deployed.bias, name="bias")
         existing = _existing(graph, scope + "convolution")
         if existing is not None:  # stripped before: only the numbers are new
-            existing._update_input(1, kernel)
+            connect([Edge(existing, 1)], kernel)
             if bias is not None:
-                graph.get_operation_by_name(scope + "biased")._update_input(1, bias)
+                connect([Edge(graph.get_operation_by_name(scope + "biased"), 1)], bias)
             end = scope + "result" if layer.kind is LayerKind.MATMUL else live_name(deployed.source, bias is not None)
             return graph.get_tensor_by_name(end + ":0")
         values = graph.get_tensor_by_name(layer.input.name)
@@ -117,8 +117,8 @@ def _run_in_float(op: tf.Operation) -> tf.Tensor:
     """
     with tf.name_scope("{}/{}/float/".format(SCOPE, op.name)):
         doubled = [tensor * 2.0 if tensor.dtype.is_floating else tensor for tensor in op.inputs]
-        again = op.graph.create_op(op.type, doubled, [tensor.dtype for tensor in op.outputs], attrs=dict(op.node_def.attr),
-                                   name="pool")
+        again = op.graph.create_op(op.type, doubled, [tensor.dtype for tensor in op.outputs],
+                                   attrs=dict(op.node_def.attr), name="pool")
         again.outputs[0].set_shape(op.outputs[0].shape)
         return tf.multiply(again.outputs[0], 0.5, name="halved")
 

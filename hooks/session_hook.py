@@ -1,7 +1,7 @@
 """A quantizer inside ``tf.train.MonitoredTrainingSession``: the life cycle shared by all quantizer hooks.
 
-Whatever must survive is a variable of the graph, so the session's own saver keeps it. The hook itself remembers only which
-checkpoint it exported last.
+Whatever must survive is a variable of the graph, so the session's own saver keeps it. The hook itself remembers only
+which checkpoint it exported last.
 """
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class QuantizerHook(tf.train.SessionRunHook):
             RuntimeError: it is another graph.
         """
         if tf.get_default_graph() is not self.quantizer.graph:
-            raise RuntimeError("the session's graph is not the one that {} quantized: construct the hook in the graph of "
-                               "the model".format(type(self).__name__))
+            raise RuntimeError("the session's graph is not the one that {} quantized: construct the hook in the graph "
+                               "of the model".format(type(self).__name__))
 
     def before_run(self, run_context: Any) -> Any:
         """Export a checkpoint that was just written, take the decisions of the last step, and feed the state."""

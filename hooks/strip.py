@@ -1,8 +1,8 @@
 """The way of the seed's guide: strip the live graph, then freeze it in the session that trained it.
 
-The session keeps running the quantized graph, but a ``GraphDef`` taken after the strip shows the float one: with weights
-on their grid, matrix products as 1x1 convolutions and safe poolings if ``save_compress_params`` was called before, and
-otherwise the plain float network.
+The session keeps running the quantized graph, but a ``GraphDef`` taken after the strip shows the float one: with
+weights on their grid, matrix products as 1x1 convolutions and safe poolings if ``save_compress_params`` was called
+before, and otherwise the plain float network.
 """
 from __future__ import annotations
 

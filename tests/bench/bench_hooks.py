@@ -12,10 +12,10 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np  # noqa: E402
-import tensorflow.compat.v1 as tf  # noqa: E402
+import numpy as np
+import tensorflow.compat.v1 as tf
 
-import slimtrain.hooks as hooks  # noqa: E402
+import slimtrain.hooks as hooks
 
 QUANTIZERS = ("LSQ", "EMA", "OAQ")
 CHANNELS = (16, 16, 32, 32, 32, 64, 64, 64)
@@ -49,7 +49,8 @@ def stepper(name):
         with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
             train = tf.train.MomentumOptimizer(1e-3, 0.9).minimize(loss)
         init = tf.global_variables_initializer()
-    session = tf.Session(graph=graph, config=tf.ConfigProto(intra_op_parallelism_threads=2, inter_op_parallelism_threads=2))
+    threads = tf.ConfigProto(intra_op_parallelism_threads=2, inter_op_parallelism_threads=2)
+    session = tf.Session(graph=graph, config=threads)
     session.run(init)
 
     def step():

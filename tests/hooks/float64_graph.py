@@ -28,7 +28,8 @@ def run_in_float64(session: tf.Session, outputs: Sequence[str], feed_dict: Mappi
     tensors = [find_tensor(session.graph, name) for name in outputs]
     names = [tensor.op.name for tensor in tensors]
     graph_def = _pure(session.graph.as_graph_def(), constants)
-    frozen = tf.graph_util.convert_variables_to_constants(session, tf.graph_util.extract_sub_graph(graph_def, names), names)
+    wanted = tf.graph_util.extract_sub_graph(graph_def, names)
+    frozen = tf.graph_util.convert_variables_to_constants(session, wanted, names)
     feeds = {getattr(key, "name", key): np.asarray(value) for key, value in feed_dict.items()}
     with tf.Graph().as_default() as graph:
         tf.import_graph_def(_in_double(frozen), name="")

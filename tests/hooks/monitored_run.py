@@ -81,12 +81,13 @@ def work(options):
         tf.train.Server(cluster, "ps", 0, config=one_thread()).join()
     server = tf.train.Server(cluster, "worker", options.worker, config=one_thread())
     is_chief = options.worker == 0
-    with tf.device(tf.train.replica_device_setter(cluster=cluster, worker_device="/job:worker/task:%d" % options.worker)):
+    here = "/job:worker/task:%d" % options.worker
+    with tf.device(tf.train.replica_device_setter(cluster=cluster, worker_device=here)):
         x, train, step, hook = build(options.quantizer, options.folder, is_chief)
     with tf.train.MonitoredTrainingSession(
             server.target, is_chief=is_chief, checkpoint_dir=os.path.join(options.folder, "ckpt"), hooks=[hook],
             save_checkpoint_steps=10, save_summaries_steps=None, save_summaries_secs=None,
-            log_step_count_steps=None) as session:
+            log_step_count_steps=None, config=tf.ConfigProto(device_filters=["/job:ps", here])) as session:
         for number in range(options.last // 2):
             session.run(train, {x: batch(1000 * options.worker + number)})
         while is_chief and session.run(step) < options.last:  # its last checkpoint shall hold everybody's steps

@@ -57,7 +57,8 @@ def test_layers_hidden_in_a_branch():
     with tf.Graph().as_default() as graph:
         x = tf.placeholder(tf.float32, [2, 8, 8, 3])
         w = tf_nets.variable("w", [3, 3, 3, 4], 0)
-        tf.cond(tf.reduce_sum(x) > 0, lambda: tf.nn.conv2d(x, w, strides=1, padding="SAME"), lambda: tf.zeros([2, 8, 8, 4]))
+        tf.cond(tf.reduce_sum(x) > 0, lambda: tf.nn.conv2d(x, w, strides=1, padding="SAME"),
+                lambda: tf.zeros([2, 8, 8, 4]))
         with pytest.raises(ValueError, match="disable_control_flow_v2"):
             LSQQuantizer(graph)
 

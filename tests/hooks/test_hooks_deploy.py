@@ -7,7 +7,7 @@ from deploying import build, deployed, images, train
 from float64_graph import run_in_float64
 from slimtrain.core import ConversionError, sqnr_db
 from slimtrain.hooks import LSQQuantizer
-from tf_setup import session, tf
+from tf_setup import IS_1, session, tf
 
 NETS = {"mobile": tf_nets.mobile_net, "wide": tf_nets.wide_net, "plain": tf_nets.plain_net, "pools": tf_nets.pool_net}
 CASES = [("mobile", quantizer, bits) for quantizer in ("LSQ", "EMA", "OAQ") for bits in (8, 4, 2)] + [
@@ -143,3 +143,31 @@ def test_the_output_that_a_user_fetches_is_the_quantized_one():
     steps = values / scale
     np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
     assert len(np.unique(np.rint(steps))) > 10
+
+
+@pytest.mark.skipif(not IS_1, reason="tf.layers does not exist with Keras 3")
+@pytest.mark.parametrize("state", ["bool", "placeholder"])
+def test_tf_layers_with_batch_norm_deploy_from_the_training_graph(state, tmp_path):
+    with tf.Graph().as_default() as graph:
+        x = tf.placeholder(tf.float32, [None, 12, 12, 3], name="x")
+        training = True if state == "bool" else tf.placeholder(tf.bool, [], name="training")
+        y = tf.layers.conv2d(x, 8, 3, strides=2, padding="same", use_bias=False)
+        y = tf.nn.relu6(tf.layers.batch_normalization(y, training=training, momentum=0.5))
+        y = tf.layers.separable_conv2d(y, 12, 3, padding="same", activation=tf.nn.relu)
+        y = tf.layers.dropout(y, 0.3, training=training)
+        y = tf.layers.dense(tf.layers.flatten(y), 10, activation=tf.nn.relu)
+        y = tf.layers.dense(y, 4, name="logits")
+        quantizer = LSQQuantizer(graph, True, output_names=["logits/BiasAdd"])
+        with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
+            step = tf.train.GradientDescentOptimizer(0.01).minimize(tf.reduce_mean(tf.square(y - 1)))
+        init = tf.global_variables_initializer()
+        with session(graph) as run:
+            run.run(init)
+            for number in range(4):
+                feeds = {x: np.random.RandomState(number).randn(4, 12, 12, 3)}
+                run.run(step, feeds if state == "bool" else {**feeds, training: True})
+            quantizer.export(str(tmp_path / "net"), run)
+            (integers,) = quantizer.simulate(run, ["logits/BiasAdd"], {x: images()})
+    coverage, output = deployed(str(tmp_path / "net"), images())
+    assert coverage.fraction == 1.0 and len(coverage.layers) == 5
+    assert sqnr_db(integers, output) >= 100

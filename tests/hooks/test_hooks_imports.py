@@ -9,7 +9,7 @@ def modules_after(code, names):
     """Which of ``names`` are loaded after running ``code`` in a fresh interpreter."""
     script = "import sys; sys.path[:0] = {!r}; {}; print('LOADED', [n for n in {!r} if n in sys.modules])".format(
         [path for path in sys.path if path], code, list(names))
-    output = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     return output.stdout.decode().split("LOADED")[1].strip()
 
 

@@ -80,7 +80,7 @@ def test_a_bias_added_by_add_counts_and_a_residual_does_not():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_moving_averages_of_a_batch_norm(training):
-    graph, found = network(lambda x: tf.nn.relu(tf_nets.batch_norm(tf_nets.conv(x, "c", 4, bias=False), "bn", training)))
+    _, found = network(lambda x: tf.nn.relu(tf_nets.batch_norm(tf_nets.conv(x, "c", 4, bias=False), "bn", training)))
     norm = found.norms["bn/norm:0"]
     assert norm.training is training
     assert variables_behind(norm.mean) == ["bn/moving_mean"]

@@ -39,14 +39,14 @@ def converted(folder, x, params="compress_params.bin"):
     return coverage, output
 
 
-@pytest.mark.parametrize("QATQuantizer", [EMAQuantizer, LSQQuantizer, OAQQuantizer])
+@pytest.mark.parametrize("make_quantizer", [EMAQuantizer, LSQQuantizer, OAQQuantizer])
 @pytest.mark.parametrize("net", [tf_nets.mobile_net, tf_nets.pool_net], ids=["mobile", "pools"])
-def test_train_save_strip_and_freeze_in_one_session(QATQuantizer, net, tmp_path):
+def test_train_save_strip_and_freeze_in_one_session(make_quantizer, net, tmp_path):
     checkpoint = float_checkpoint(net, tmp_path)
     with tf.Graph().as_default():
         x = tf.placeholder(tf.float32, [None, 12, 12, 3], name="x")
         output = net(x, False)
-        quantizer = QATQuantizer(tf.get_default_graph())
+        quantizer = make_quantizer(tf.get_default_graph())
         train_step = tf.train.GradientDescentOptimizer(1e-3).minimize(tf.reduce_mean(tf.square(output - 1.0)))
         saver = tf.train.Saver(var_list=[v for v in tf.global_variables() if v not in MNN_QAT_variables()])
         sess = tf.Session()
@@ -93,7 +93,8 @@ def test_separate_scripts_for_training_and_testing(tmp_path):
         with session(graph) as sess:
             sess.run(tf.global_variables_initializer())
             for number in range(4):
-                sess.run(train_step, {x: np.random.RandomState(number).randn(4, 12, 12, 3), quantizer.is_training: True})
+                batch = np.random.RandomState(number).randn(4, 12, 12, 3)
+                sess.run(train_step, {x: batch, quantizer.is_training: True})
             saver.save(sess, str(tmp_path / "qat"))
     with tf.Graph().as_default() as graph:
         x = tf.placeholder(tf.float32, [None, 12, 12, 3], name="x")
