@@ -12,6 +12,7 @@ from slimtrain.proto.validation import is_full, layer_name
 # What the converter adds to the name of a tensor: before a change of layout, after a matrix product.
 GRAPH_OUTPUT = "__before_tr"
 LINEAR = "__matmul_converted"
+_QUANTIZABLE = ("Convolution", "ConvolutionDepthwise")
 
 
 class Wanted(NamedTuple):
@@ -88,8 +89,8 @@ def misfits(pipeline: Message, model: MnnModel) -> Tuple[str, ...]:
     """
     lines = []
     for item in wanted_layers(pipeline):
-        layer = _find(item, model)
-        if item.full and layer is not None and layer.channels not in (0, item.scales):
+        layer = _writer(item.tensors, model)
+        if layer is not None and layer.kind in _QUANTIZABLE and layer.channels != item.scales:
             lines.append(
                 f"layer {item.name!r}: {item.scales} weight scales for {layer.channels} output channels"
             )
@@ -106,13 +107,16 @@ def _key(entry: Message, wanted: Wanted) -> Tuple[str, str]:
 
 
 def _find(wanted: Wanted, model: MnnModel) -> Optional[MnnLayer]:
+    layer = _writer(wanted.tensors, model)
+    if layer is None and wanted.op_name:
+        layer = next((item for item in model.layers if item.name == wanted.op_name), None)
+    return layer
+
+
+def _writer(tensors: Tuple[str, ...], model: MnnModel) -> Optional[MnnLayer]:
     by_tensor = {layer.tensor: layer for layer in model.layers}
-    for tensor in wanted.tensors:
-        for spelling in (tensor, tensor + LINEAR):
-            if spelling in by_tensor:
-                return by_tensor[spelling]
-    named = [layer for layer in model.layers if layer.name == wanted.op_name]
-    return named[0] if wanted.op_name and named else None
+    spellings = [spelling for tensor in tensors for spelling in (tensor, tensor + LINEAR)]
+    return next((by_tensor[spelling] for spelling in spellings if spelling in by_tensor), None)
 
 
 def _judge(wanted: Wanted, layer: Optional[MnnLayer], model: MnnModel, free: List[MnnLayer]) -> LayerCoverage:
@@ -149,7 +153,7 @@ def _why_not_quantized(wanted: Wanted, layer: MnnLayer) -> str:
         return f"the converter left the operator {layer.name!r} in float"
     if not any(layer.tensor in (tensor, tensor + LINEAR) for tensor in wanted.tensors):
         return f"the converter calls its output {layer.tensor!r}, the parameters {_either(wanted.tensors)}"
-    if layer.kind not in ("Convolution", "ConvolutionDepthwise"):
+    if layer.kind not in _QUANTIZABLE:
         return f"MNN has no full int8 for {layer.kind}"
     if layer.inputs != 1:
         return "its weights are computed by the model, not constant"

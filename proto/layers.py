@@ -65,8 +65,8 @@ class LayerParams:
         _require_name(self.name)
         object.__setattr__(self, "output_names", _names(self.name, self.output_names))
         object.__setattr__(self, "weight_scales", _channel_scales(self.name, self.weight_scales))
-        check_scales(self.name, "input", [self.input_scale])
-        check_scales(self.name, "output", [self.output_scale])
+        for field in ("input_scale", "output_scale"):
+            object.__setattr__(self, field, _tensor_scale(self.name, field, getattr(self, field)))
         for side in ("input", "output", "weight"):
             grid = getattr(self, side + "_grid")
             if not isinstance(grid, Grid):
@@ -120,6 +120,14 @@ def _names(layer: str, names: Tuple[str, ...]) -> Tuple[str, ...]:
     if not names or not all(names):
         raise ValueError(f"layer {layer!r}: output_names needs a name and no empty one, got {names!r}")
     return tuple(dict.fromkeys(names))
+
+
+def _tensor_scale(layer: str, field: str, scale: float) -> float:
+    value = np.asarray(scale)
+    if value.size != 1 or value.dtype.kind not in "iuf":
+        raise TypeError(f"layer {layer!r}: {field} must be one number, got {scale!r}")
+    check_scales(layer, field[: -len("_scale")], value)
+    return float(value.reshape(()))
 
 
 def _channel_scales(layer: str, scales: np.ndarray) -> np.ndarray:

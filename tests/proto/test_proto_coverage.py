@@ -109,7 +109,16 @@ def test_shared_weights_of_another_writer_are_two_layers():
 
 
 def test_scale_counts_that_crash():
-    wanted = pipeline(layer("a", ("a",), channels=1), layer("b", ("b",), channels=2))
-    assert misfits(wanted, model(op("a", channels=2), op("b", channels=2))) == (
-        "layer 'a': 1 weight scales for 2 output channels",
+    wanted = pipeline(
+        layer("a", ("a",), channels=1),
+        layer("b", ("b",), channels=2),
+        layer("never int8", ("c",), channels=3),
+        layer("under another name", ("z",), channels=4, op_name="d"),
     )
+    found = model(
+        op("a", channels=2),
+        op("b", channels=2),
+        op("c", FLOAT, kind="Deconvolution", channels=5),
+        op("y", FLOAT, name="d", channels=5),
+    )
+    assert misfits(wanted, found) == ("layer 'a': 1 weight scales for 2 output channels",)

@@ -41,7 +41,7 @@ def test_bad_values_are_refused_by_layer_name(changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"weight_grid": (-8, 7)}, {"outputs": "y"}, {"outputs": (1,)}, {"method": 0}],
+    [{"weight_grid": (-8, 7)}, {"outputs": "y"}, {"outputs": (1,)}, {"method": 0}, {"input_scale": "1"}, {"output_scale": [1, 2]}],
 )
 def test_bad_kinds_are_refused_by_layer_name(changes):
     with pytest.raises(TypeError, match="layer 'block1.conv'"):
@@ -53,6 +53,13 @@ def test_name_is_required():
         layer("")
     with pytest.raises(TypeError, match="must be a string"):
         layer(None)
+
+
+def test_numpy_scalars_are_numbers():
+    params = layer(input_scale=np.float32(0.1), output_scale=np.array([2]))
+    assert (type(params.input_scale), params.input_scale) == (float, float(np.float32(0.1)))
+    assert params.output_scale == 2.0
+    quantize_algorithm([params])
 
 
 def test_scales_become_float32_and_cannot_be_changed():
