@@ -5,7 +5,13 @@ from slimtrain.callbacks.ema_quantizer import EMAQuantizer
 from slimtrain.callbacks.exporting import Deployed, Exported
 from slimtrain.callbacks.lop import LOP, ExpandedLine
 from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, low_rank_decompose
-from slimtrain.callbacks.low_rank_structure import apply_structure, restore_dense
+from slimtrain.callbacks.low_rank_structure import (
+    apply_structure,
+    load_decomposed,
+    restore_dense,
+    structure_in,
+    structure_of,
+)
 from slimtrain.callbacks.lsq_callback import LSQQuantizerCallback
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
 from slimtrain.callbacks.oaq_callback import OAQQuantizerCallback
@@ -22,13 +28,13 @@ from slimtrain.callbacks.weight_quantizer import WeightQuantizer
 from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallback
 
 __all__ = [
-    "LOP",
     "Deployed",
     "EMAQuantizer",
     "EMAQuantizerCallback",
     "ExpandedLine",
     "Exported",
     "FactorizedLayer",
+    "LOP",
     "LSQQuantizer",
     "LSQQuantizerCallback",
     "LowRankDecomposition",
@@ -47,9 +53,12 @@ __all__ = [
     "deploy_pruned",
     "export_pruned",
     "load_channel_plan",
+    "load_decomposed",
     "load_shrunk",
     "low_rank_decompose",
     "restore_dense",
     "save_channel_plan",
     "shrink",
+    "structure_in",
+    "structure_of",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimtrain.core import Factorization, axis_owners, chain_shapes, compose_chain
+from slimtrain.core import axis_owners, compose_chain
 
 #: nn.Linear, or nn.Conv1d, 2d or 3d, which have no common base that declares their attributes
 Layer = Any
@@ -55,31 +55,46 @@ def array_of(weight: Tensor) -> np.ndarray:
     return np.array(value.numpy() if value.dtype in (torch.float32, torch.float64) else value.float().numpy())
 
 
-def empty_chain(layer: Layer, factorization: Factorization, ranks: Sequence[int]) -> nn.Sequential:
-    """The chain that takes the place of ``layer``, with random weights; the last of it has the layer's bias."""
-    shapes = chain_shapes(tuple(layer.weight.shape), factorization, tuple(ranks))
+class LowRankChain(nn.Sequential):
+    """Smaller layers in the place of one; its ``state_dict`` is that of any ``nn.Sequential``."""
+
+    def shapes(self) -> List[Shape]:
+        """The weights' shapes."""
+        links: List[Layer] = list(self)
+        return [tuple(link.weight.shape) for link in links]
+
+
+def empty_chain(layer: Layer, shapes: Sequence[Shape]) -> LowRankChain:
+    """The chain of weights of these shapes that takes the place of ``layer``, with random weights.
+
+    Raises:
+        ValueError: such a chain has another shape than the layer.
+    """
     owners = axis_owners(shapes)
-    links = [_link(layer, shape, [owner == index for owner in owners], bias=index == len(shapes) - 1)
-             for index, shape in enumerate(shapes)]
-    return nn.Sequential(*links).train(layer.training)
+    wanted, ends = tuple(layer.weight.shape), (shapes[-1][0], shapes[0][1])
+    extents = tuple(shapes[owner][2 + axis] for axis, owner in enumerate(owners))
+    fits = all(len(shape) == len(wanted) for shape in shapes) and all(
+        before[0] == after[1] for before, after in zip(shapes, shapes[1:]))
+    if not fits or ends + extents != wanted:
+        raise ValueError("weights of shapes %s are no chain for one of shape %s" % (list(shapes), wanted))
+    return LowRankChain(*(_link(layer, shape, [owner == index for owner in owners], bias=index == len(shapes) - 1)
+                          for index, shape in enumerate(shapes))).train(layer.training)
 
 
-def filled_chain(layer: Layer, factorization: Factorization, factors: Sequence[np.ndarray],
-                 ranks: Sequence[int]) -> nn.Sequential:
+def filled_chain(layer: Layer, factors: Sequence[np.ndarray]) -> LowRankChain:
     """The chain of the given factors, frozen like ``layer`` and with its bias."""
-    chain = empty_chain(layer, factorization, ranks)
-    weight, bias = layer.weight, layer.bias
+    chain = empty_chain(layer, [factor.shape for factor in factors])
+    links: List[Layer] = list(chain)
     with torch.no_grad():
-        links: List[Layer] = list(chain)
         for link, factor in zip(links, factors):
             link.weight.copy_(torch.from_numpy(factor))
-            link.weight.requires_grad_(weight.requires_grad)
-    if bias is not None:
-        chain[-1].bias = bias
+            link.weight.requires_grad_(layer.weight.requires_grad)
+    if layer.bias is not None:
+        links[-1].bias = layer.bias
     return chain
 
 
-def dense_layer(chain: nn.Sequential) -> Layer:
+def dense_layer(chain: LowRankChain) -> Layer:
     """The one layer that a chain equals."""
     links: List[Layer] = list(chain)
     weight = compose_chain([array_of(link.weight) for link in links])

@@ -9,6 +9,7 @@ from typing import Any, Collection, Dict, NamedTuple, Optional, Tuple, Union
 from torch import Tensor, nn
 
 from slimtrain.callbacks.factors import (
+    LowRankChain,
     array_of,
     filled_chain,
     has_hooks,
@@ -112,8 +113,7 @@ class LowRankDecomposition:
     @property
     def structure(self) -> Structure:
         """What ``apply_structure`` needs to give another model of this class the same layers."""
-        return {plan.name: {"factorization": plan.factorization.value, "ranks": list(plan.ranks)}
-                for plan in self.plans if plan.ranks}
+        return {name: [list(factor.shape) for factor in factors] for name, factors in self._factors.items()}
 
     def apply(self, model: Optional[nn.Module] = None) -> nn.Module:
         """Put the chains in the place of their layers; returns the model.
@@ -125,9 +125,8 @@ class LowRankDecomposition:
         """
         model = self.model if model is None else model
         layers = dict(model.named_modules())
-        replace_everywhere(model, {
-            layers[plan.name]: filled_chain(layers[plan.name], plan.factorization, self._factors[plan.name], plan.ranks)
-            for plan in self.plans if plan.ranks})
+        replace_everywhere(model, {layers[name]: filled_chain(layers[name], factors)
+                                   for name, factors in self._factors.items()})
         return model
 
 
@@ -178,7 +177,9 @@ def log_report(report: Collection[FactorizedLayer]) -> None:
 
 
 def _weighted(model: nn.Module) -> Dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if weight_count(module)}
+    """Layers with weights; those of a chain are no candidates again."""
+    done = {id(link) for module in model.modules() if isinstance(module, LowRankChain) for link in module}
+    return {name: module for name, module in model.named_modules() if weight_count(module) and id(module) not in done}
 
 
 def _dense_layers(model: nn.Module, skip: Collection[str]) -> Dict[str, str]:
@@ -217,7 +218,7 @@ def _positions(model: nn.Module, example_input: Any) -> Dict[str, int]:
             counts[name] = counts.get(name, 0) + output.numel() // len(layer.weight)  # type: ignore[arg-type]
         return hook
 
-    layers = {name: layer for name, layer in _weighted(model).items() if not why_dense(layer)}
+    layers = _weighted(model)
     handles = [layer.register_forward_hook(count(name, layer)) for name, layer in layers.items()]
     args, kwargs = arguments(example_input)
     try:

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimtrain.callbacks import LowRankDecomposition, apply_structure, low_rank_decompose, restore_dense
+from slimtrain.callbacks import (
+    LowRankDecomposition,
+    apply_structure,
+    low_rank_decompose,
+    restore_dense,
+    structure_in,
+    structure_of,
+)
 from slimtrain.core import Alignment, BudgetRanks, Cost, EnergyRanks, ExplicitRanks, ParameterFileError
 from slimtrain.proto import convert, inspect_model, read_params, run_model
 from zoo import MobileNetV2, ResNet, lived_in
@@ -49,7 +56,7 @@ def test_chains_compute_what_their_product_computes(name):
     ranks = (5,) if len(full_ranks(model[0])) == 1 else (6, 4)
     low = low_rank_decompose(model, None, rank_rule=ExplicitRanks({"0": ranks}))
     assert isinstance(low[0], nn.Sequential) and len(low[0]) == len(ranks) + 1
-    dense = restore_dense(copy.deepcopy(low), {"0": {}})
+    dense = restore_dense(copy.deepcopy(low))
     assert type(dense[0]) is type(model[0]) and repr(dense[0]) == repr(model[0])
     close(low(x), dense(x))
     with torch.no_grad():
@@ -78,7 +85,7 @@ def test_separable_kernels(name):
     low = low_rank_decompose(model, None, separable=["0"], rank_rule=ExplicitRanks({"0": (5,)}))
     assert [tuple(link.kernel_size) for link in low[0]] == [(model[0].kernel_size[0], 1), (1, model[0].kernel_size[1])]
     close(low(x), model(x))
-    assert repr(restore_dense(low, {"0": {}})[0]) == repr(model[0])
+    assert repr(restore_dense(low)[0]) == repr(model[0])
 
 
 def expected_parameters(model, align=8, ratio=0.25, share=0.5):
@@ -109,7 +116,8 @@ def test_default_ranks_of_a_noisy_net():
     low = low_rank_decompose(model, None)
     count = sum(p.numel() for p in low.parameters() if p.dim() > 1)
     assert count == expected_parameters(model)
-    assert [type(layer).__name__ for layer in low] == ["Conv2d", "Sequential", "Sequential", "Flatten", "Sequential"]
+    assert [type(layer).__name__ for layer in low] == [
+        "Conv2d", "LowRankChain", "LowRankChain", "Flatten", "LowRankChain"]
 
 
 @pytest.mark.parametrize("make, x", [(ResNet, torch.randn(1, 3, 32, 32)), (MobileNetV2, torch.randn(1, 3, 32, 32))])
@@ -126,7 +134,7 @@ def test_whole_nets(make, x):
         assert line.multiply_adds[1] <= line.multiply_adds[0]
         if line.ranks:
             assert 0 < line.error < 1
-    close(restore_dense(copy.deepcopy(low), decomposition.structure)(x), low(x), 1e-4)
+    close(restore_dense(copy.deepcopy(low))(x), low(x), 1e-4)
 
 
 def test_structure_alone_rebuilds_the_model():
@@ -140,9 +148,18 @@ def test_structure_alone_rebuilds_the_model():
     torch.testing.assert_close(again(x), low(x), rtol=0, atol=0)
     parameters = [id(p) for p in again.parameters()]
     assert [id(p) for p in apply_structure(again, structure).parameters()] == parameters  # nothing left to do
-    dense = restore_dense(again, structure)
+    assert structure_of(again) == structure == structure_in(low.state_dict(), ResNet())
+    assert structure_in({"m." + name: value for name, value in low.state_dict().items()}, again, "m.") == structure
+    dense = restore_dense(again)
+    assert structure_of(dense) == structure_in(model.state_dict(), dense) == {}
     assert list(dense.state_dict()) == list(model.state_dict())
     close(dense(x), low(x), 1e-4)
+
+
+def test_a_decomposed_model_is_not_decomposed_again():
+    low = low_rank_decompose(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False)), None, ["1"])
+    report = LowRankDecomposition(low).report
+    assert [line.name for line in report] == ["1"] and report[0].ranks
 
 
 def test_a_copy_by_default_the_model_itself_on_request():
@@ -269,10 +286,11 @@ def test_mnn_runs_the_decomposed_model(tmp_path):
     (lambda: LowRankDecomposition(net(nn.Linear(40, 50)), align_channels=0), ValueError),
     (lambda: LowRankDecomposition(net(nn.Linear(40, 50)), separable=["0"]), ValueError),
     (lambda: LowRankDecomposition(net(nn.Linear(40, 50)), rank_rule=BudgetRanks(0.5, Cost.MULTIPLY_ADDS)), ValueError),
-    (lambda: apply_structure(net(nn.Linear(4, 5)), {"9": {"factorization": "svd", "ranks": [2]}}), ValueError),
-    (lambda: apply_structure(net(nn.Linear(4, 5)), {"0": {"factorization": "svd", "ranks": [2, 3]}}), ValueError),
-    (lambda: apply_structure(net(nn.ReLU()), {"0": {"factorization": "svd", "ranks": [2]}}), ValueError),
-    (lambda: restore_dense(net(nn.Linear(4, 5)), {"0": {}}), ValueError),
+    (lambda: apply_structure(net(nn.Linear(4, 5)), {"9": [[2, 4], [5, 2]]}), ValueError),
+    (lambda: apply_structure(net(nn.Linear(4, 5)), {"0": [[2, 4], [6, 2]]}), ValueError),
+    (lambda: apply_structure(net(nn.Linear(4, 5)), {"0": [[2, 4], [5, 3]]}), ValueError),
+    (lambda: apply_structure(net(nn.Conv2d(4, 5, 3)), {"0": [[2, 4, 3, 1], [5, 2, 1, 1]]}), ValueError),
+    (lambda: apply_structure(net(nn.Linear(4, 5)), {"0": [[2, 4, 1, 1], [5, 2, 1, 1]]}), ValueError),
     (lambda: Alignment(8, -1.0), ValueError)])
 def test_bad_calls_are_refused(call, error):
     with pytest.raises(error, match=r"\w+ \w+ \w+"):
