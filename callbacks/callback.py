@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from torch import nn
 
 from slimtrain.callbacks.checkpoints import read_sidecar, remove_sidecar, write_sidecar
 from slimtrain.callbacks.lightning_bases import Callback
-from slimtrain.callbacks.model_view import submodule
+from slimtrain.callbacks.model_view import is_compiled, submodule
+from slimtrain.callbacks.weight_decay import admit
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class CompressionCallback(Callback):
         self.module = module
         self._target: Optional[nn.Module] = None
         self._path = ""  #: dotted path of the target
+        self._plain_checkpoint: Dict[str, Any] = {}  #: one without our state, while it is being loaded
 
     # -- what an algorithm does
 
@@ -53,6 +55,13 @@ class CompressionCallback(Callback):
     def load_compression_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`compression_state` gave, into the attached model."""
         raise NotImplementedError
+
+    def new_parameters(self) -> List[nn.Parameter]:
+        """The parameters of the attached model that the plain float model does not have."""
+        return []
+
+    def restart(self) -> None:
+        """Forget what was learned: the weights that were just loaded are those of a model without this compression."""
 
     def checkpoint_saved(self, trainer: Any, path: str) -> None:
         """A checkpoint was written to ``path``; called on every rank."""
@@ -82,6 +91,19 @@ class CompressionCallback(Callback):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Restore the state of a checkpoint; Lightning calls it after :meth:`setup`."""
         self.load_compression_state(state_dict)
+
+    # -- a checkpoint of the plain float model
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Dict[str, Any]) -> None:
+        if self.state_key not in checkpoint["callbacks"]:
+            self.restart()
+            self._plain_checkpoint = checkpoint
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Between the making of the optimizers and the loading of their states."""
+        for optimizer, saved in zip(trainer.optimizers, self._plain_checkpoint.get("optimizer_states", ())):
+            admit(self.new_parameters(), optimizer, saved)
+        self._plain_checkpoint = {}
 
     # -- a checkpoint that holds weights only can be evaluated, and Lightning asks callbacks nothing when it is loaded
 
@@ -128,7 +150,8 @@ def _refuse_unsupported(trainer: Any, pl_module: Any, callback: Any) -> None:
     if strategy in _SHARDED:
         raise RuntimeError("%s does not work with %s, which splits parameters after callbacks are set up; use a "
                            "single device or DDP" % (type(callback).__name__, strategy))
-    if getattr(pl_module, "_compiler_ctx", None) is not None:
+    compiled = [name for name, module in pl_module.named_modules() if is_compiled(module)]
+    if compiled or getattr(pl_module, "_compiler_ctx", None) is not None:
         raise RuntimeError("%s cannot follow the tensors of a model that went through torch.compile; pass the "
                            "uncompiled model to the Trainer" % type(callback).__name__)
     for other in trainer.callbacks:

@@ -14,7 +14,7 @@ from slimtrain.callbacks.fake_quant import integer_levels
 from slimtrain.callbacks.layer_scales import LayerScales
 from slimtrain.callbacks.layers import is_depthwise
 from slimtrain.callbacks.recording import Plan, PlannedCall
-from slimtrain.core import SMALLEST_SCALE, Grid, Role, quantize
+from slimtrain.core import SMALLEST_SCALE, Grid, quantize
 from slimtrain.proto import QuantMethod
 
 # below this MNN's depthwise kernel computes with 1e-6 instead

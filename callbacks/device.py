@@ -20,7 +20,7 @@ _EXACT = 1 << 24
 
 
 def run_on_device(layer: nn.Module, integer: IntegerLayer, x: Tensor, function: Callable[..., Tensor],
-                  rest: Sequence[Any], grids: "tuple[Grid, Grid, Grid]") -> Tensor:
+                  rest: Sequence[Any], grids: tuple[Grid, Grid, Grid]) -> Tensor:
     """Compute a layer, with whatever is fused into it, on integers.
 
     Args:

@@ -57,18 +57,9 @@ class LayerScales(nn.Module):
         """Integer levels of the layer's input or output."""
         return self._grids[role]
 
-    def set_signed(self, role: Role, signed: bool) -> None:
-        """Choose between a signed and (below 8 bits) an unsigned range."""
-        self.set_grid(role, activation_grid(self.bits.activation, signed))
-
     def set_grid(self, role: Role, grid: Grid) -> None:
-        """Give the input or output other levels."""
+        """Choose the integer levels of the layer's input or output."""
         self._grids[role] = grid
-        self._write_levels()
-
-    def set_weight_grid(self, grid: Grid) -> None:
-        """Give the weights other levels."""
-        self.weight_grid = grid
         self._write_levels()
 
     def weight_scale(self) -> Tensor:

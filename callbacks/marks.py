@@ -30,7 +30,7 @@ class Marks:
     """Tensors and their marks, by identity."""
 
     def __init__(self) -> None:
-        self._entries: Dict[int, Tuple["weakref.ref[Tensor]", Mark]] = {}
+        self._entries: Dict[int, Tuple[weakref.ref[Tensor], Mark]] = {}
 
     def get(self, value: Tensor) -> Optional[Mark]:
         """The mark of a tensor."""

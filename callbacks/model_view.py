@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections import OrderedDict
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ def _view(module: nn.Module, seen: Dict[int, nn.Module]) -> nn.Module:
     ours = {key for name in _HOOKS for key, hook in view.__dict__[name].items() if isinstance(hook, OwnHook)}
     for name in (*_HOOKS, *_HOOK_FLAGS):
         view.__dict__[name] = OrderedDict((key, value) for key, value in view.__dict__[name].items() if key not in ours)
+    for name, value in vars(view).items():
+        if isinstance(value, types.MethodType) and value.__self__ is module:  # DDP leaves a bound forward behind
+            vars(view)[name] = types.MethodType(value.__func__, view)
     view._modules = {name: None if child is None else _view(child, seen) for name, child in children.items()}
     view._parameters = dict(module._parameters)
     view._buffers = dict(module._buffers)
@@ -58,14 +62,41 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def unnoticed(model: nn.Module) -> Iterator[None]:
     """Run a model without gradients and without a trace: its buffers and the random state are as before afterwards."""
     own = [module for module in model.modules() if not isinstance(module, LayerScales)]
-    buffers = [(buffer, buffer.clone()) for module in own for buffer in module.buffers(recurse=False)]
+    buffers = [(module, name, buffer, buffer.clone()) for module in own for name, buffer in module._buffers.items()
+               if buffer is not None]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer.copy_(before)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module went through torch.compile, so that none of its Python runs any more."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def passed_inputs(model: nn.Module, part: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> List[Tuple[Any, Any]]:
+    """Run a model in evaluation mode, for the arguments with which it calls a part of itself.
+
+    Raises:
+        ValueError: it never does.
+    """
+    seen: List[Tuple[Any, Any]] = []
+    copied = lambda value: map_tensors(torch.clone, value)  # noqa: E731
+    handle = part.register_forward_pre_hook(lambda _, given, named: seen.append((copied(given), copied(named))),
+                                            with_kwargs=True)
+    try:
+        with unnoticed(model), evaluation(model):
+            model(*args, **kwargs)
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError("the forward of %s does not call its %s, so nothing is known of that module's input" % (
+            type(model).__name__, type(part).__name__))
+    return seen
 
 
 def run_double(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:

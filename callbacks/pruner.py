@@ -205,10 +205,10 @@ class Pruner:
             ValueError: the state is that of other weights.
         """
         parameters = dict(self.model.named_parameters())
-        for name, keep in {**state["scores"], **state["keep"]}.items():
-            if name not in parameters or parameters[name].shape != keep.shape:
+        for name, value in (*state["scores"].items(), *state["keep"].items()):
+            if name not in parameters or parameters[name].shape[:value.dim()] != value.shape:
                 raise ValueError("the saved pruning state is of another model: it has a weight %r of shape %s" %
-                                 (name, tuple(keep.shape)))
+                                 (name, tuple(value.shape)))
         events, interval, begin_step = state["schedule"]
         self.schedule = PruningSchedule(self.schedule.sparsity, events, interval, begin_step, self.schedule.ramp)
         self._step, self._batches = int(state["step"]), int(state["batches"])

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from slimtrain.callbacks.calibration import Calibration, Seen
 from slimtrain.callbacks.layer_scales import SCALES, Bits, LayerScales, scales_of
 from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count
-from slimtrain.callbacks.model_view import evaluation, unnoticed
+from slimtrain.callbacks.model_view import evaluation, is_compiled, unnoticed
 from slimtrain.callbacks.recording import Plan, Recorder
 from slimtrain.callbacks.simulation import Simulation
 from slimtrain.callbacks.tracking import Handler, OwnHook, Tracker
 from slimtrain.callbacks.weight_decay import ScaleGroups
-from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, mse_scale
+from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, activation_grid, mse_scale
 from slimtrain.core import Quantizer as Owner
 
 logger = logging.getLogger(__name__)
+
+_STORED_BITS = 8
 
 
 class Batch(NamedTuple):
@@ -47,7 +49,7 @@ class Quantizer:
         debug_info: log each layer's scales when they are set.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or a compiled one.
         ValueError: bad bits or names; nothing to quantize.
     """
 
@@ -56,6 +58,9 @@ class Quantizer:
                  debug_info: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError("model must be a torch.nn.Module, got %s" % type(model).__name__)
+        if any(is_compiled(module) for module in model.modules()):
+            raise TypeError("the model, or a part of it, went through torch.compile, which hides what happens to its "
+                            "tensors; quantize the uncompiled model")
         if scale_lr_ratio <= 0:
             raise ValueError("scale_lr_ratio must be positive, got %r" % scale_lr_ratio)
         self.model = model
@@ -100,6 +105,15 @@ class Quantizer:
     def make_simulation(self) -> Simulation:
         """What runs the model from now on."""
         return Simulation(self.modules(), self.known_plan())
+
+    def forget(self) -> None:
+        """Learn the plan and all scales anew, from the next batch that comes in training mode."""
+        self.plan, self.seen = None, {}
+        self._tracker.handler = Handler()
+
+    def restore_optimizers(self) -> None:
+        """Give optimizers their own parameter groups back, after a step that was broken off by an exception."""
+        self._groups.restore()
 
     # -- presence on the model
 
@@ -320,10 +334,17 @@ class Quantizer:
             self._tracker.handler = before
 
     def _choose_ranges(self) -> None:
-        assert self.plan is not None
-        for owner in self.plan.owners.values():
-            signed = not self._unsigned or owner not in self.plan.non_negative
-            self.scales[owner.layer].set_signed(owner.role, signed)
+        """Give each tensor its integer levels.
+
+        What no quantized layer reads (sums of a residual, outputs of the network) keeps 8 bits: the device stores it in
+        8 bits anyway, and coarser levels would only lose accuracy.
+        """
+        plan = self.known_plan()
+        read = {call.input for call in plan.calls}
+        for owner in set(plan.owners.values()):
+            signed = not self._unsigned or owner not in plan.non_negative
+            bits = self.bits.activation if owner in read else _STORED_BITS
+            self.scales[owner.layer].set_grid(owner.role, activation_grid(bits, signed))
 
     def _average_over_ranks(self) -> None:
         """Every rank has calibrated on other data: all go on with the mean."""

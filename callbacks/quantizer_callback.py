@@ -1,15 +1,17 @@
 """Quantization-aware training inside a Lightning Trainer."""
 from __future__ import annotations
 
-import itertools
 import logging
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 from torch import nn
 
-from slimtrain.callbacks.callback import example_from_batch
+from slimtrain.callbacks.callback import example_from_batch, has_forward
 from slimtrain.callbacks.deploying_callback import DeployingCallback
+from slimtrain.callbacks.first_batches import first_batches
+from slimtrain.callbacks.model_view import passed_inputs
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
+from slimtrain.callbacks.quantizer import Batch, arguments
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +47,39 @@ class QuantizerCallback(DeployingCallback):
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         self.quantizer.attach()
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_fit_start(trainer, pl_module)
+        present = {id(module) for module in pl_module.modules()}
+        gone = [name for name, layer in self.quantizer.layers.items() if id(layer) not in present]
+        if gone:
+            raise RuntimeError("layers were replaced after the callback was set up (%s): configure_model must make them "
+                               "only once (if self.net is None: ...)" % ", ".join(gone))
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.quantizer.plan is None:
-            batches = itertools.islice(iter(trainer.train_dataloader), self.calibration_batches)
-            examples = (self.remember(self._on_device(trainer, pl_module, batch)) for batch in batches)
+            examples = [self.remember(example) for example in self._examples(trainer, pl_module)]
             count = self.quantizer.calibrate(examples)
-            logger.info("set the scales of %d layers from %d training batches", len(self.quantizer.layers), count)
+            logger.info("set the scales of %d layers from %d inputs", len(self.quantizer.layers), count)
 
-    def _on_device(self, trainer: Any, pl_module: Any, batch: Any) -> Any:
-        return example_from_batch(self.quantizer.model, trainer.strategy.batch_to_device(batch, pl_module.device))
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self._quantizer is not None:
+            self._quantizer.restore_optimizers()
+
+    def new_parameters(self) -> List[nn.Parameter]:
+        return list(self.quantizer.scale_parameters())
+
+    def restart(self) -> None:
+        self.quantizer.forget()
+
+    def _examples(self, trainer: Any, pl_module: Any) -> List[Any]:
+        """Inputs of the quantized model, from the first training batches."""
+        model = self.quantizer.model
+        batches = first_batches(trainer, pl_module, self.calibration_batches)
+        if model is pl_module or not has_forward(pl_module):
+            return [example_from_batch(model, batch) for batch in batches]
+        self.quantizer.detach()
+        examples = [Batch(*inputs) for batch in batches
+                    for inputs in passed_inputs(pl_module, model, *arguments(example_from_batch(pl_module, batch)))]
+        self.quantizer.attach()
+        return examples

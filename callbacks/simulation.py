@@ -17,9 +17,9 @@ from slimtrain.callbacks.device import input_levels, run_on_device
 from slimtrain.callbacks.fake_quant import fake_quantize
 from slimtrain.callbacks.layer_scales import LayerScales, scales_of
 from slimtrain.callbacks.layers import is_depthwise
+from slimtrain.callbacks.marks import Mark
 from slimtrain.callbacks.operations import argument, map_tensors
 from slimtrain.callbacks.recording import Plan, PlannedCall
-from slimtrain.callbacks.marks import Mark
 from slimtrain.callbacks.tracking import Call, Handler, Tracker
 from slimtrain.core import SMALLEST_SCALE, OpKind, Quantizer, Role
 
@@ -112,9 +112,9 @@ class Simulation(Handler):
         bias = argument(call.args, call.kwargs, 2, "bias")
         if bias is not None and is_depthwise(layer) and call.layer not in self._folded:
             bias = on_grid(bias, self._scale(owner).to(bias.dtype) * scales.weight_scale().to(bias.dtype))
-        result: Tensor = call.function(x, quantized, bias, *rest, **more)
+        result = call.function(x, quantized, bias, *rest, **more)
         self.computed(call.layer, owner, result, bias)
-        return result
+        return result  # type: ignore[no-any-return]
 
     def computed(self, layer: str, owner: Quantizer, result: Tensor, bias: Optional[Tensor]) -> None:
         """A layer computed ``result`` in training, from the input of ``owner``."""

@@ -7,13 +7,19 @@ changes, and neither schedulers nor checkpoints ever see the additional group.
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-Scales = Callable[[], List[nn.Parameter]]
+# under this attribute an optimizer remembers its own groups while it steps; several quantizers may have split them
+_SPLIT = "_slimtrain_split"
+
+
+class _Split(NamedTuple):
+    groups: List[Dict[str, Any]]               #: the user's groups
+    parameters: List[List[nn.Parameter]]       #: what they held
 
 
 class ScaleGroups:
@@ -27,24 +33,33 @@ class ScaleGroups:
     def __init__(self, owner: Any, learning_rate_ratio: float = 1.0) -> None:
         self._owner = weakref.ref(owner)
         self._ratio = learning_rate_ratio
-        self._split: List[Tuple[Dict[str, Any], List[nn.Parameter]]] = []
+        self._optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
         self._handles = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
-        weakref.finalize(owner, self.remove)
+        weakref.finalize(owner, _remove, self._handles)
 
-    def remove(self) -> None:
-        """Stop watching optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def __deepcopy__(self, memo: Dict[int, Any]) -> ScaleGroups:
+        owner = self._owner()
+        return ScaleGroups(memo.get(id(owner), owner), self._ratio)  # the copied model's quantizer watches its own scales
+
+    def restore(self) -> None:
+        """Give the optimizers their own groups back, after a step that was broken off by an exception."""
+        for optimizer in list(self._optimizers):
+            _unite(optimizer)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer in self._optimizers:  # the step before this one was broken off
+            _unite(optimizer)
+            self._optimizers.discard(optimizer)
         owner = self._owner()
         scales = {id(parameter) for parameter in owner.scale_parameters()} if owner is not None else set()
         for group in list(optimizer.param_groups):
             mine = [parameter for parameter in group["params"] if id(parameter) in scales]
             if not mine or (self._ratio == 1.0 and not group.get("weight_decay")):
                 continue
-            self._split.append((group, group["params"]))
+            if not hasattr(optimizer, _SPLIT):
+                groups = list(optimizer.param_groups)
+                setattr(optimizer, _SPLIT, _Split(groups, [each["params"] for each in groups]))
+            self._optimizers.add(optimizer)
             optimizer.param_groups.append({**group, **self._changes(group), "params": mine})
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scales]
 
@@ -55,8 +70,43 @@ class ScaleGroups:
         return changes
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._split and any(group is self._split[0][0] for group in optimizer.param_groups):
-            del optimizer.param_groups[-len(self._split):]
-            for group, parameters in self._split:
-                group["params"] = parameters
-            self._split = []
+        if optimizer in self._optimizers:
+            self._optimizers.discard(optimizer)
+            _unite(optimizer)
+
+
+def _unite(optimizer: torch.optim.Optimizer) -> None:
+    split = getattr(optimizer, _SPLIT, None)
+    if split is None:
+        return  # another quantizer has done it
+    for group, parameters in zip(split.groups, split.parameters):
+        group["params"] = parameters
+    optimizer.param_groups[:] = split.groups
+    delattr(optimizer, _SPLIT)
+
+
+def _remove(handles: List[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def admit(parameters: List[nn.Parameter], optimizer: torch.optim.Optimizer, saved: Dict[str, Any]) -> None:
+    """Make room in an optimizer's saved state, in place, for parameters that did not exist when it was saved.
+
+    Args:
+        parameters: the new ones; they begin without state.
+        optimizer: holds old and new ones.
+        saved: a ``state_dict`` of an equal optimizer over the old ones.
+    """
+    new = {id(parameter) for parameter in parameters}
+    free = 1 + max((index for group in saved["param_groups"] for index in group["params"]), default=-1)
+    for group, held in zip(optimizer.param_groups, saved["param_groups"]):
+        old = iter(held["params"])
+        indices = []
+        for parameter in group["params"]:
+            index = free if id(parameter) in new else next(old, None)
+            free += id(parameter) in new
+            indices.append(index)
+        if None in indices or next(old, None) is not None:
+            return  # another model's: the optimizer says so itself when it loads this
+        held["params"] = indices

@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from slimtrain.callbacks import LSQQuantizer
 from slimtrain.core import Role, fake_quantize
 

@@ -37,6 +37,30 @@ def loader(count: int = 32, batch: int = 8, seed: int = 0):
     return DataLoader(TensorDataset(*images(count, seed)), batch_size=batch)
 
 
+class Resumable:
+    """Batches that go on where they stopped: Lightning alone starts a half finished epoch at its first batch again."""
+
+    def __init__(self, count: int = 32, batch: int = 8) -> None:
+        self.batches = list(loader(count, batch))
+        self.taken = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        start, self.taken = self.taken, 0
+        for index in range(start, len(self.batches)):
+            self.taken = index + 1
+            yield self.batches[index]
+        self.taken = 0
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]
+
+
 class Lit(pl.LightningModule):
     """A LightningModule that is its own network, trained by SGD with momentum and weight decay and a schedule."""
 

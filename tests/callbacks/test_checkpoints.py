@@ -7,8 +7,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from nets import Lit, Small, images, loader, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+
+from nets import Lit, Small, images, loader, trainer
 from slimtrain.callbacks import LSQQuantizer, LSQQuantizerCallback
 from slimtrain.callbacks.checkpoints import SIDECAR_SUFFIX, read_saved
 from slimtrain.core import SlimtrainError

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from handmade import IN, OUT, Hand, quantized
-from nets import Small, images, loader, trainer
-from slimtrain.callbacks import LSQQuantizer, LSQQuantizerCallback
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from handmade import IN, OUT, Hand, quantized
+from nets import Small, images, loader, trainer
+from slimtrain.callbacks import LSQQuantizer, LSQQuantizerCallback
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-SCRIPT = "import sys; sys.path[:0] = {!r}; sys.modules[{!r}] = None; import {}; assert not {!r} & set(sys.modules) - {{{!r}}}"
+SCRIPT = ("import sys; sys.path[:0] = {!r}; sys.modules[{!r}] = None; import {}; "
+          "assert not {!r} & set(sys.modules) - {{{!r}}}")
 
 
 def imports(module, blocked, unwanted=()):
