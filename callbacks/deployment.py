@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from slimtrain.callbacks.fake_quant import integer_levels
 from slimtrain.callbacks.layer_scales import LayerScales
 from slimtrain.callbacks.layers import is_depthwise
-from slimtrain.callbacks.recording import Plan, PlannedCall
-from slimtrain.core import SMALLEST_SCALE, Grid, quantize
-from slimtrain.proto import QuantMethod
+from slimtrain.callbacks.recording import Plan
+from slimtrain.core import SMALLEST_SCALE, Grid, PlannedCall, quantize
+from slimtrain.proto.deployed import DeployedLayer
 
 # below this MNN's depthwise kernel computes with 1e-6 instead
 _SMALLEST_DEPTHWISE_SCALE = 2e-6
@@ -31,33 +31,6 @@ class IntegerLayer(NamedTuple):
     factor: Tensor          #: float64 [O], by which the folded batch norm multiplies; ones without one
     input_scale: Tensor     #: float32 scalar
     output_scale: Tensor    #: float32 scalar
-
-
-class DeployedLayer(NamedTuple):
-    """One use of a quantized layer, as the converter shall see it."""
-
-    name: str
-    trained_weight: np.ndarray   #: float [O, I / groups, ...] as the model holds it, to recognise it in a file
-    levels: np.ndarray           #: int32, the same shape, after folding
-    weight_scales: np.ndarray    #: float32 [O], positive, after folding
-    bias: Optional[np.ndarray]   #: float32 [O], after folding; of a depthwise layer in whole accumulator units
-    float_bias: np.ndarray       #: float32 [O], after folding
-    factor: np.ndarray           #: float64 [O], by which the folded batch norm multiplies; ones without one
-    folds_batch_norm: bool
-    activation: str              #: "relu", "relu6" or ""
-    groups: int
-    call: PlannedCall
-    input_scale: float
-    output_scale: float
-    input_grid: Grid
-    output_grid: Grid
-    weight_grid: Grid
-    method: QuantMethod = QuantMethod.QAT
-
-    @property
-    def weight(self) -> np.ndarray:
-        """Float32 weights on the grid, [O, I / groups, ...]."""
-        return self.levels.astype(np.float32) * self.weight_scales.reshape((-1,) + (1,) * (self.levels.ndim - 1))
 
 
 def deployed_layers(model: nn.Module, plan: Plan, scales: Mapping[str, LayerScales]) -> List[DeployedLayer]:

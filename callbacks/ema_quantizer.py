@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimtrain.callbacks.deployment import DeployedLayer
 from slimtrain.callbacks.layer_scales import LayerScales, scales_of
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.recording import Plan
@@ -15,6 +14,7 @@ from slimtrain.callbacks.simulation import Simulation
 from slimtrain.callbacks.tracking import Tracker
 from slimtrain.core import SMALLEST_SCALE, Grid, activation_grid, max_abs_scale, weight_grid
 from slimtrain.core import Quantizer as Owner
+from slimtrain.proto.deployed import DeployedLayer
 
 #: share of the past in the moving average of a range
 _DECAY = 0.99

@@ -3,30 +3,25 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import onnx
 from torch import Tensor
 
-from slimtrain.callbacks.deployment import DeployedLayer
-from slimtrain.callbacks.onnx_export import prepare
-from slimtrain.callbacks.onnx_graph import OnnxGraph
-from slimtrain.callbacks.onnx_match import match_layers
-from slimtrain.callbacks.onnx_rewrite import all_params
 from slimtrain.callbacks.operations import tensors_in
-from slimtrain.core import Coverage, replace_all, sqnr_db
+from slimtrain.core import Coverage, sqnr_db
 from slimtrain.proto import (
     ConvertOptions,
-    LayerParams,
-    WeightOnlyParams,
     convert,
     quantize_algorithm,
     run_model,
     save_algorithm,
 )
+from slimtrain.proto.deployed import DeployedLayer
+from slimtrain.proto.onnx_graph import OnnxGraph
+from slimtrain.proto.onnx_match import match_layers
+from slimtrain.proto.onnx_rewrite import all_params
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +44,6 @@ class Deployed(NamedTuple):
     bytes: int
 
 
-def write_files(model: onnx.ModelProto, layers: Sequence[DeployedLayer], onnx_path: PathLike, params_path: PathLike,
-                append: bool) -> None:
-    """Write a rewritten model and its parameters, both or none.
-
-    Raises:
-        ConversionError, ParameterFileError: nothing is written.
-    """
-    rewritten = prepare(model, layers)
-    replace_all([(onnx_path, rewritten.model.SerializeToString(deterministic=True)),
-                 (params_path, params_bytes(rewritten.params, params_path, append))])
-    for change in rewritten.changes:
-        logger.info("%s: %s", os.fspath(onnx_path), change)
-
-
 def write_params_only(model: onnx.ModelProto, layers: Sequence[DeployedLayer], params_path: PathLike,
                       append: bool) -> List[str]:
     """Write parameters for an ONNX file that must not be changed.
@@ -75,17 +56,6 @@ def write_params_only(model: onnx.ModelProto, layers: Sequence[DeployedLayer], p
     params = all_params(graph, {match.node.output[0]: match.layer for match in matches if match.node.op_type == "Conv"})
     save_algorithm(params_path, quantize_algorithm(params), append)
     return [match.layer.name for match in matches if match.node.op_type != "Conv"]
-
-
-def params_bytes(params: Sequence[Union[LayerParams, WeightOnlyParams]], path: PathLike, append: bool) -> bytes:
-    """The bytes that ``path`` shall hold, so that they can be written together with another file."""
-    with tempfile.TemporaryDirectory(prefix="slimtrain-") as folder:
-        draft = os.path.join(folder, os.path.basename(os.fspath(path)))
-        if append:
-            shutil.copyfile(path, draft)
-        save_algorithm(draft, quantize_algorithm(params), append)
-        with open(draft, "rb") as file:
-            return file.read()
 
 
 def deploy(exported: Exported, inputs: Mapping[str, np.ndarray], expected: Any, *,

@@ -10,7 +10,6 @@ from typing import Any, Collection, Dict, List, Mapping, Optional
 import torch
 from torch import Tensor, nn
 
-from slimtrain.callbacks.deployment import DeployedLayer
 from slimtrain.callbacks.layer_scales import scales_of
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
 from slimtrain.callbacks.recording import Plan
@@ -20,6 +19,7 @@ from slimtrain.core import Grid
 from slimtrain.core import Quantizer as Owner
 from slimtrain.core.overflow import LARGEST_SUM, Clamp, narrowed_clamp
 from slimtrain.proto import QuantMethod
+from slimtrain.proto.deployed import DeployedLayer
 
 logger = logging.getLogger(__name__)
 

@@ -4,27 +4,18 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-import os
 import warnings
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
-from slimtrain.callbacks.deployment import DeployedLayer
 from slimtrain.callbacks.model_view import evaluation, float_view
-from slimtrain.callbacks.onnx_rewrite import Rewritten, rewrite
 from slimtrain.callbacks.operations import map_tensors
-from slimtrain.core import ConversionError, sqnr_db
+from slimtrain.core import ConversionError
 
 logger = logging.getLogger(__name__)
-
-PathLike = Union[str, "os.PathLike[str]"]
-
-# two float32 programs for one function; structural mistakes are below 40 dB
-_EQUAL_DB = 80.0
 
 
 def export_float(model: nn.Module, args: Tuple[Any, ...], kwargs: Mapping[str, Any], *,
@@ -93,58 +84,6 @@ def _input_names(model: nn.Module, args: Tuple[Any, ...], kwargs: Mapping[str, A
         return list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError:
         return None
-
-
-def prepare(model: onnx.ModelProto, layers: Sequence[DeployedLayer]) -> Rewritten:
-    """Rewrite an exported model for MNN and check with onnxruntime that only the weights' grid has changed.
-
-    Raises:
-        ConversionError: the rewritten structure computes something else.
-        SlimtrainError: the file is not that of these layers.
-    """
-    check_same(model, rewrite(model, layers, on_grid=False).model)
-    return rewrite(model, layers)
-
-
-def check_same(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
-    """Compare two float models on random inputs with onnxruntime.
-
-    Raises:
-        ConversionError: outputs differ by more than float32 rounding.
-    """
-    inputs = _random_inputs(before)
-    for name, wanted, found in zip([value.name for value in before.graph.output], run_onnx(before, inputs),
-                                   run_onnx(after, inputs)):
-        if wanted.dtype.kind == "f" and wanted.size and sqnr_db(wanted, found) < _EQUAL_DB and np.any(wanted):
-            raise ConversionError("rewriting the ONNX file changed output %r: %.1f dB of agreement, expected %.0f. "
-                                  "Please report the model" % (name, sqnr_db(wanted, found), _EQUAL_DB))
-
-
-def run_onnx(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> List[np.ndarray]:
-    """Outputs of an ONNX model, by onnxruntime on the CPU without graph optimizations."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    outputs: List[np.ndarray] = session.run(None, dict(inputs))
-    return outputs
-
-
-def _random_inputs(model: onnx.ModelProto) -> Dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = {}
-    for value in model.graph.input:
-        if value.name in constants:
-            continue
-        tensor = value.type.tensor_type
-        shape = [dim.dim_value if dim.dim_value > 0 else 2 for dim in tensor.shape.dim]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        inputs[value.name] = (generator.standard_normal(shape).astype(dtype) if np.dtype(dtype).kind == "f"
-                              else np.zeros(shape, dtype))
-    return inputs
 
 
 def _first_line(error: Exception) -> str:

@@ -8,13 +8,14 @@ import numpy as np
 import onnx
 
 from slimtrain.callbacks.exporting import Exported, named_inputs
-from slimtrain.callbacks.onnx_export import export_float, run_onnx
+from slimtrain.callbacks.onnx_export import export_float
 from slimtrain.callbacks.pruner import Pruner
 from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.shrinking import save_channel_plan
 from slimtrain.callbacks.taylor_fo_pruner import TaylorFOChannelPruner
 from slimtrain.core import sqnr_db, write_whole
 from slimtrain.proto import ConvertOptions, convert, run_model
+from slimtrain.proto.onnx_check import run_onnx
 
 PathLike = Union[str, "os.PathLike[str]"]
 

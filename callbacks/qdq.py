@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from slimtrain.callbacks.deployment import DeployedLayer
-from slimtrain.callbacks.onnx_graph import OnnxGraph
-from slimtrain.callbacks.onnx_match import match_layers, node_weight
-from slimtrain.callbacks.onnx_rewrite import fused_output
 from slimtrain.core import Grid, write_whole
+from slimtrain.proto.deployed import DeployedLayer
+from slimtrain.proto.onnx_graph import OnnxGraph
+from slimtrain.proto.onnx_match import match_layers, node_weight
+from slimtrain.proto.onnx_rewrite import fused_output
 
 PathLike = Union[str, "os.PathLike[str]"]
 

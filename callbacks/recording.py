@@ -12,19 +12,9 @@ from torch import Tensor
 
 from slimtrain.callbacks.operations import argument, tensors_in
 from slimtrain.callbacks.tracking import Call, Handler, Mark, Tracker
-from slimtrain.core import Op, OpKind, Placement, Quantizer, Role, place
+from slimtrain.core import Op, OpKind, Placement, PlannedCall, Quantizer, Role, place
 
 logger = logging.getLogger(__name__)
-
-
-class PlannedCall(NamedTuple):
-    """One use of a quantized layer in the deployed model, in execution order."""
-
-    layer: str
-    input: Quantizer
-    output: Quantizer
-    batch_norm: str     #: name of the batch norm module folded into it, "" for none
-    activation: str     #: "relu", "relu6" or "" as fused behind it
 
 
 class Plan(NamedTuple):

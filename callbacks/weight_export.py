@@ -6,10 +6,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 import onnx
 
-from slimtrain.callbacks.onnx_graph import OnnxGraph, attribute
-from slimtrain.callbacks.onnx_match import node_weight
 from slimtrain.core import SlimtrainError, StoredWeight, WeightMode
 from slimtrain.proto import WeightOnlyParams
+from slimtrain.proto.onnx_graph import OnnxGraph, attribute
+from slimtrain.proto.onnx_match import node_weight
 
 # an exporter that folds a batch norm rounds each weight once more
 _TOLERANCE = 1e-5

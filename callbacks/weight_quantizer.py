@@ -9,7 +9,7 @@ import onnx
 from torch import nn
 
 from slimtrain.callbacks.checkpoints import read_saved
-from slimtrain.callbacks.exporting import Deployed, Exported, deploy, named_inputs, params_bytes
+from slimtrain.callbacks.exporting import Deployed, Exported, deploy, named_inputs
 from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count, why_float
 from slimtrain.callbacks.model_view import run_double, submodule
 from slimtrain.callbacks.onnx_export import export_float
@@ -31,6 +31,7 @@ from slimtrain.core import (
     usable_block,
 )
 from slimtrain.proto import params_from_json, read_params, write_params
+from slimtrain.proto.onnx_files import params_bytes
 
 logger = logging.getLogger(__name__)
 

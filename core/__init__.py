@@ -41,7 +41,11 @@ from slimtrain.core.grid import (
 )
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
-from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, Quantizer, Role, place
+from slimtrain.core.pipeline import Pipeline, PipelineError
+from slimtrain.core.pipeline_flag import add_compress_flag
+from slimtrain.core.pipeline_schema import pipeline_schema
+from slimtrain.core.pipeline_text import load_pipeline, to_short, to_yaml
+from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, PlannedCall, Quantizer, Role, place
 from slimtrain.core.prune_ratios import OVERALL, read_prune_ratios, write_prune_ratios
 from slimtrain.core.rank_budget import BudgetRanks, Cost
 from slimtrain.core.ranking import global_keep, layer_keep, sparsity_of
@@ -59,7 +63,7 @@ from slimtrain.core.ranks import (
     toolbox_rule,
 )
 from slimtrain.core.scales import SMALLEST_SCALE, lsq_scale, max_abs_scale, mse_scale
-from slimtrain.core.schedule import PruningSchedule, Ramp, schedule_between, step_of
+from slimtrain.core.schedule import Moment, PruningSchedule, Ramp, is_before, schedule_between, step_of
 from slimtrain.core.selection import select
 from slimtrain.core.sensitivity import (
     Sensitivity,
@@ -78,6 +82,7 @@ from slimtrain.core.simulator import (
     simulate_conv,
     simulate_linear,
 )
+from slimtrain.core.stages import Export, Kind, Stage
 from slimtrain.core.vbmf import Evbmf, evbmf
 from slimtrain.core.weight_only import (
     SMALLEST_STORED_SCALE,
@@ -87,6 +92,7 @@ from slimtrain.core.weight_only import (
     stored_weight,
     usable_block,
 )
+from slimtrain.core.winograd import WinogradForm, WinogradScales
 
 __all__ = [
     "Activation",
@@ -108,21 +114,27 @@ __all__ = [
     "Evbmf",
     "EvbmfRanks",
     "ExplicitRanks",
+    "Export",
     "Factorization",
     "Grid",
     "IntegerConv",
     "Kernel",
+    "Kind",
     "LayerCall",
     "LayerChannels",
     "LayerCoverage",
     "LayerPlan",
     "LayerState",
+    "Moment",
     "OVERALL",
     "Op",
     "OpKind",
     "ParameterFileError",
     "PerFactorization",
+    "Pipeline",
+    "PipelineError",
     "Placement",
+    "PlannedCall",
     "PruningSchedule",
     "Quantizer",
     "Ramp",
@@ -135,11 +147,15 @@ __all__ = [
     "SingularValueRanks",
     "SlimtrainError",
     "Spectrum",
+    "Stage",
     "StoredWeight",
     "WeightMode",
+    "WinogradForm",
+    "WinogradScales",
     "accumulate",
     "accumulate_sensitivity",
     "activation_grid",
+    "add_compress_flag",
     "add_identity",
     "analyse_weight",
     "axis_owners",
@@ -161,8 +177,10 @@ __all__ = [
     "has_small_groups",
     "identity_tap",
     "input_levels",
+    "is_before",
     "largest_level",
     "layer_keep",
+    "load_pipeline",
     "load_sensitivity",
     "lsq_gradient",
     "lsq_scale",
@@ -172,6 +190,7 @@ __all__ = [
     "merge_chain",
     "mse_scale",
     "natural_factorization",
+    "pipeline_schema",
     "place",
     "plan_keeps",
     "plan_layers",
@@ -189,6 +208,8 @@ __all__ = [
     "sqnr_db",
     "step_of",
     "stored_weight",
+    "to_short",
+    "to_yaml",
     "toolbox_rule",
     "truncate_weight",
     "usable_block",

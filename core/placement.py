@@ -62,6 +62,16 @@ class LayerCall(NamedTuple):
     output: Quantizer
 
 
+class PlannedCall(NamedTuple):
+    """One use of a quantized layer in the deployed model, in execution order."""
+
+    layer: str
+    input: Quantizer
+    output: Quantizer
+    batch_norm: str     #: name of the batch norm module folded into it, "" for none
+    activation: str     #: "relu", "relu6" or "" as fused behind it
+
+
 class Placement(NamedTuple):
     """Every quantized tensor of a network."""
 
