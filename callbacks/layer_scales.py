@@ -62,6 +62,11 @@ class LayerScales(nn.Module):
         self._grids[role] = grid
         self._write_levels()
 
+    def set_weight_grid(self, grid: Grid) -> None:
+        """Choose the integer levels of the weights."""
+        self.weight_grid = grid
+        self._write_levels()
+
     def weight_scale(self) -> Tensor:
         """Positive scales, [out_channels], differentiable."""
         return positive(self.weight)

@@ -21,8 +21,7 @@ class Mark:
         self.name = name
         self.scale_owner: Any = None   #: whose scale put the tensor on its grid, None while it is on none
         self.open_layer: str = ""      #: the quantized layer whose output this is, until it is quantized
-        self.exact: Optional[Tensor] = None    #: in evaluation: the value of that layer as the device computes it
-        self.exact: Optional[Tensor] = None   #: the device's value of that layer with all that is fused with it
+        self.exact: Optional[Tensor] = None    #: in evaluation: that layer and what is fused into it, as the device has it
         self.replacement: Optional[Tensor] = None  #: what readers of a tensor changed in place shall see
 
 

@@ -17,8 +17,6 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from nets import Lit, Small, StepOnly, images, loader, trainer
-
 from nets import Lit, Resumable, Small, StepOnly, images, loader, trainer
 from slimtrain.callbacks import LSQQuantizer, LSQQuantizerCallback
 
