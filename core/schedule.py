@@ -1,9 +1,16 @@
 """When to prune, and how far: a step is turned into a pruning event, an event into a sparsity. Plain integers only."""
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import Optional, Union
+from typing import Any, Optional, Union
+
+#: a moment of training: an optimizer step (int), a part of the training (float in [0, 1]), or "3 epochs"
+Moment = Union[int, float, str]
+
+#: the form of a moment in words
+EPOCHS = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*epochs?\s*$")
 
 
 class Ramp(Enum):
@@ -83,16 +90,48 @@ def schedule_between(sparsity: float, events: int, begin_step: int, end_step: in
     return PruningSchedule(sparsity, events, max(interval, 1), begin_step, ramp)
 
 
-def step_of(moment: Union[int, float], total_steps: int) -> int:
-    """An optimizer step given as such (int), or as a fraction of the training (float in [0, 1]).
+def step_of(moment: Moment, total_steps: int, epoch_steps: Optional[float] = None) -> int:
+    """The optimizer step of a moment of training.
+
+    Args:
+        moment: see :data:`Moment`.
+        total_steps: optimizer steps of the whole training.
+        epoch_steps: optimizer steps of one epoch, where it is known.
 
     Raises:
-        ValueError: a negative step, or a fraction outside [0, 1].
+        TypeError, ValueError: as :func:`check_moment`; epochs where their length is not known.
     """
-    if isinstance(moment, int) and not isinstance(moment, bool):
-        if moment < 0:
-            raise ValueError("a step must not be negative, got %r" % (moment,))
-        return moment
-    if not 0.0 <= moment <= 1.0:
-        raise ValueError("a moment of training is an integer step or a fraction in [0, 1], got %r" % (moment,))
-    return int(round(moment * total_steps))
+    check_moment(moment)
+    if isinstance(moment, str):
+        if epoch_steps is None:
+            raise ValueError("%r cannot be told in steps, since the length of an epoch is not known here: give an "
+                             "optimizer step or a part of the training" % moment)
+        return int(round(_epochs(moment) * epoch_steps))
+    return moment if isinstance(moment, int) else int(round(moment * total_steps))
+
+
+def check_moment(moment: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless this is a :data:`Moment`."""
+    expected = "must be a step (integer), a part of the training (number in [0, 1]) or a text like '3 epochs', got %r"
+    if isinstance(moment, bool) or not isinstance(moment, (int, float, str)):
+        raise TypeError(expected % (moment,))
+    if isinstance(moment, str):
+        if EPOCHS.match(moment) is None:
+            raise ValueError(expected % (moment,))
+    elif not (moment >= 0 and (isinstance(moment, int) or moment <= 1.0)):
+        raise ValueError(expected % (moment,))
+
+
+def is_before(first: Moment, second: Moment) -> bool:
+    """Whether ``first`` certainly lies before ``second``: moments of different kinds cannot be compared beforehand."""
+    if isinstance(first, str) and isinstance(second, str):
+        return _epochs(first) < _epochs(second)
+    if isinstance(first, str) or isinstance(second, str) or isinstance(first, int) != isinstance(second, int):
+        return False
+    return first < second
+
+
+def _epochs(moment: str) -> float:
+    found = EPOCHS.match(moment)
+    assert found is not None  # it was checked
+    return float(found.group(1))

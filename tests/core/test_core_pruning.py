@@ -14,6 +14,7 @@ from slimtrain.core import (
     Sensitivity,
     accumulate_sensitivity,
     global_keep,
+    is_before,
     layer_keep,
     load_sensitivity,
     read_prune_ratios,
@@ -185,9 +186,26 @@ def test_moments_are_steps_or_fractions():
     assert step_of(7, 100) == 7
     assert step_of(0.25, 100) == 25
     assert step_of(1.0, 100) == 100
-    for moment in (-1, 1.5, -0.1):
+    for moment in (-1, 1.5, -0.1, float("nan")):
         with pytest.raises(ValueError, match="got %s" % moment):
             step_of(moment, 100)
+    with pytest.raises(TypeError, match="got None"):
+        step_of(None, 100)
+
+
+def test_moments_are_epochs_where_their_length_is_known():
+    assert step_of("3 epochs", 1000, 50) == 150
+    assert step_of("1 epoch", 1000, 50) == 50
+    assert step_of(" 0.5 epochs ", 1000, 50) == 25
+    with pytest.raises(ValueError, match="length of an epoch is not known"):
+        step_of("3 epochs", 1000)
+    with pytest.raises(ValueError, match="got '3 weeks'"):
+        step_of("3 weeks", 1000, 50)
+
+
+def test_only_moments_of_one_kind_are_compared():
+    assert is_before(3, 4) and is_before(0.1, 0.2) and is_before("1 epoch", "2 epochs")
+    assert not any(is_before(*pair) for pair in [(4, 3), (0.5, 3), ("1 epoch", 900), (0.9, "1 epoch")])
 
 
 def test_sensitivity_is_a_mean_and_then_forgets():
