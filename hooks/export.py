@@ -25,6 +25,7 @@ from slimtrain.hooks.rewriting import (
     add_poolings,
     redirect,
 )
+from slimtrain.hooks.stacking import contributed
 from slimtrain.proto import quantize_algorithm, save_algorithm
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def export_model(stem: str, session: tf.Session, clean: Any, rewriting: Rewritin
     with tempfile.TemporaryDirectory(prefix="slimtrain-") as folder:
         params = os.path.join(folder, "params.bin")
         write_params_file(params, rewriting.deployed, append=False)
+        for algorithm in contributed(session.graph, session):
+            save_algorithm(params, algorithm, append=True)
         with open(params, "rb") as file:
             replace_all([(stem + ".pb", frozen.SerializeToString(deterministic=True)),
                          (stem + ".compress_params.bin", file.read())])
@@ -63,9 +66,20 @@ def write_params_file(filename: str, deployed: Sequence[DeployedLayer], append: 
 def inference_graph(session: tf.Session, clean: Any, rewriting: Rewriting, output_names: Sequence[str]) -> Any:
     """The frozen GraphDef that computes the network as MNN shall."""
     copy, replacements = inference_copy(clean, rewriting.network)
-    outputs = [find_tensor(copy, name).op.name for name in output_names]
     replacements.update(add_layers(copy, rewriting.deployed))
     replacements.update(add_poolings(copy, rewriting.network, rewriting.int8_safe))
+    return _frozen(session, copy, rewriting, replacements, output_names)
+
+
+def float_graph(session: tf.Session, clean: Any, network: Network, output_names: Sequence[str]) -> Any:
+    """The frozen GraphDef that computes the network at inference, with its weights as they are."""
+    copy, replacements = inference_copy(clean, network)
+    return _frozen(session, copy, Rewriting(network, (), ()), replacements, output_names)
+
+
+def _frozen(session: tf.Session, copy: tf.Graph, rewriting: Rewriting, replacements: Replacements,
+            output_names: Sequence[str]) -> Any:
+    outputs = [find_tensor(copy, name).op.name for name in output_names]
     redirect(copy, {**replacements, **without_dropout(copy, rewriting.network)})
     graph_def = _with_old_names(copy.as_graph_def(), _renames(replacements, rewriting.deployed))
     frozen = tf.graph_util.convert_variables_to_constants(session, graph_def, outputs)
