@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from typing import Any, NoReturn, Optional
+from typing import Any, Optional
 
 import click
 from rich.console import Console
 from rich.status import Status
-from rich.table import Table
 
 from slimtrain.core import CoverageError, SlimtrainError
 from slimtrain.proto import report
 from slimtrain.proto.arrays import load_inputs, load_simulation
+from slimtrain.proto.cli_config import config
 from slimtrain.proto.converter import convert
+from slimtrain.proto.doctor import doctor
 from slimtrain.proto.mnnfile import inspect_model
 from slimtrain.proto.options import ConvertOptions
 from slimtrain.proto.params import params_to_json, read_params
+from slimtrain.proto.printing import BAD_FILE, CHECK_FAILED, fail, print_json, print_table
 from slimtrain.proto.verification import Verification, verify
 from slimtrain.proto.version import VERSION
 
-CHECK_FAILED = 1
-BAD_FILE = 3
 _EXIT_STATUS = """\b
 Exit status:
   0  done, and every check passed
@@ -36,8 +35,6 @@ _SPARSE_NOTE = (
     "channels), with --weight-bits 8 from about 30 %; full int8 layers are always stored dense."
 )
 _PATH = click.Path()
-# Without a terminal there is no width to respect, and rich would break names at 80 columns.
-_FILE_WIDTH = 200
 
 
 class _Commands(click.Group):
@@ -47,14 +44,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CoverageError as error:
-            _fail(error, CHECK_FAILED)
+            fail(error, CHECK_FAILED)
         except (SlimtrainError, OSError) as error:
-            _fail(error, BAD_FILE)
-
-
-def _fail(reason: object, status: int) -> NoReturn:
-    click.echo(f"Error: {reason}", err=True)
-    raise click.exceptions.Exit(status)
+            fail(error, BAD_FILE)
 
 
 @click.group(cls=_Commands, epilog=_EXIT_STATUS, context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,15 +68,15 @@ def inspect_command(file: str, as_json: bool) -> None:
         if as_json:
             click.echo(params_to_json(pipeline), nl=False)
         else:
-            _print(report.params_table(pipeline))
+            print_table(report.params_table(pipeline))
         return
     with _spinner(f"reading {file}"):
         model = inspect_model(file)
     size = os.path.getsize(file)
     if as_json:
-        _print_json({"path": file, "bytes": size, "layers": report.model_rows(model)})
+        print_json({"path": file, "bytes": size, "layers": report.model_rows(model)})
     else:
-        _print(report.model_table(model))
+        print_table(report.model_table(model))
         click.echo(f"{size:,} bytes")
 
 
@@ -123,9 +115,9 @@ def convert_command(
     with _spinner(f"converting {model}"):
         conversion = convert(model, output, params, options, allow_partial)
     if as_json:
-        _print_json(report.conversion_dict(conversion))
+        print_json(report.conversion_dict(conversion))
         return
-    _print(report.conversion_table(conversion))
+    print_table(report.conversion_table(conversion))
     asked = f"{conversion.coverage.fraction:.1%} of the weights asked for are int8; " if params else ""
     click.echo(f"{asked}{conversion.bytes:,} bytes from {os.path.getsize(model):,}: {output}")
 
@@ -144,12 +136,12 @@ def verify_command(
     """Run MODEL (.mnn) and a reference on the same inputs: SQNR, max error, size, latency."""
     result = _verify(model, reference, inputs)
     if as_json:
-        _print_json(report.verification_dict(result))
+        print_json(report.verification_dict(result))
     else:
-        _print(report.verification_table(result))
+        print_table(report.verification_table(result))
         click.echo(f"SQNR {result.sqnr_db:.1f} dB, {result.bytes:,} bytes, {result.milliseconds:.3f} ms")
     if min_sqnr is not None and not result.sqnr_db >= min_sqnr:
-        _fail(f"SQNR {result.sqnr_db:.1f} dB is below {min_sqnr:g} dB", CHECK_FAILED)
+        fail(f"SQNR {result.sqnr_db:.1f} dB is below {min_sqnr:g} dB", CHECK_FAILED)
 
 
 def _verify(model: str, reference: str, inputs: Optional[str]) -> Verification:
@@ -163,7 +155,11 @@ def _verify(model: str, reference: str, inputs: Optional[str]) -> Verification:
             return verify(model, reference, load_inputs(inputs))
     except (TypeError, ValueError) as error:
         # Here all values come from files.
-        _fail(error, BAD_FILE)
+        fail(error, BAD_FILE)
+
+
+for _command in (config, doctor):
+    cli.add_command(_command)
 
 
 def main() -> None:
@@ -175,11 +171,3 @@ def _spinner(text: str) -> Status:
     """Moves on a terminal while the work inside its ``with`` lasts; elsewhere it shows nothing."""
     return Console(stderr=True).status(text)
 
-
-def _print(table: Table) -> None:
-    console = Console()
-    (console if console.is_terminal else Console(width=_FILE_WIDTH)).print(table)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, allow_nan=False))

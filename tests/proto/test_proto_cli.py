@@ -1,6 +1,5 @@
 """The command line: what it prints, for people and for programs, and the exit status a script can trust."""
 
-import inspect
 import json
 import os
 import subprocess
@@ -8,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
+from cli_runner import run
 from proto_layers import layer, save_layers
 from sample_models import HAS_ONNX
 from slimtrain.proto import (
@@ -25,18 +24,8 @@ from slimtrain.proto import (
     save_simulation,
     verify,
 )
-from slimtrain.proto.cli import cli
 
 OK, CHECK_FAILED, USAGE, BAD_FILE = range(4)
-
-
-def run(*words):
-    """Exit status, output and errors of ``slimtrain words``."""
-    # Before click 8.2 the two streams come mixed unless told otherwise; later there is no such choice.
-    mixed = "mix_stderr" in inspect.signature(CliRunner).parameters
-    runner = CliRunner(mix_stderr=False) if mixed else CliRunner()
-    result = runner.invoke(cli, [str(word) for word in words], catch_exceptions=False)
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture
