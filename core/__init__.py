@@ -1,6 +1,7 @@
 """The mathematics and policy of slimtrain on numpy arrays: pure functions, state as values, no framework."""
 
 from slimtrain.core.batchnorm import fold_batch_norm, fold_factor
+from slimtrain.core.calibrating import ActivationMethod, WeightMethod, calibrated_scale, method_of, weight_scales
 from slimtrain.core.chain import (
     Affine,
     Chain,
@@ -27,6 +28,8 @@ from slimtrain.core.decompose import (
     natural_factorization,
     truncate_weight,
 )
+from slimtrain.core.entropy import entropy_threshold
+from slimtrain.core.equalization import Equalized, equalize_chain
 from slimtrain.core.errors import ConversionError, CoverageError, ParameterFileError, SlimtrainError
 from slimtrain.core.files import replace_all, write_whole
 from slimtrain.core.grid import (
@@ -39,8 +42,10 @@ from slimtrain.core.grid import (
     round_half_away,
     weight_grid,
 )
+from slimtrain.core.layer_reports import ExpandedLine, FactorizedLayer, describe_factorized
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
+from slimtrain.core.observers import Observation, observe, observe_sample, sample_stride
 from slimtrain.core.pipeline import Pipeline, PipelineError
 from slimtrain.core.pipeline_flag import add_compress_flag
 from slimtrain.core.pipeline_schema import pipeline_schema
@@ -62,8 +67,16 @@ from slimtrain.core.ranks import (
     plan_layers,
     toolbox_rule,
 )
-from slimtrain.core.scales import SMALLEST_SCALE, lsq_scale, max_abs_scale, mse_scale
-from slimtrain.core.schedule import Moment, PruningSchedule, Ramp, is_before, schedule_between, step_of
+from slimtrain.core.rounding import (
+    InputMoments,
+    adaptive_levels,
+    add_moments,
+    bias_correction,
+    output_error,
+    receptive_fields,
+)
+from slimtrain.core.scales import SMALLEST_SCALE, admm_scale, lsq_scale, max_abs_scale, mse_scale
+from slimtrain.core.schedule import Moment, PruningSchedule, Ramp, check_moment, is_before, schedule_between, step_of
 from slimtrain.core.selection import select
 from slimtrain.core.sensitivity import (
     Sensitivity,
@@ -96,6 +109,7 @@ from slimtrain.core.winograd import WinogradForm, WinogradScales
 
 __all__ = [
     "Activation",
+    "ActivationMethod",
     "Affine",
     "Alignment",
     "Analysis",
@@ -111,12 +125,16 @@ __all__ = [
     "Coverage",
     "CoverageError",
     "EnergyRanks",
+    "Equalized",
     "Evbmf",
     "EvbmfRanks",
+    "ExpandedLine",
     "ExplicitRanks",
     "Export",
     "Factorization",
+    "FactorizedLayer",
     "Grid",
+    "InputMoments",
     "IntegerConv",
     "Kernel",
     "Kind",
@@ -127,6 +145,7 @@ __all__ = [
     "LayerState",
     "Moment",
     "OVERALL",
+    "Observation",
     "Op",
     "OpKind",
     "ParameterFileError",
@@ -149,25 +168,35 @@ __all__ = [
     "Spectrum",
     "Stage",
     "StoredWeight",
+    "WeightMethod",
     "WeightMode",
     "WinogradForm",
     "WinogradScales",
     "accumulate",
     "accumulate_sensitivity",
     "activation_grid",
+    "adaptive_levels",
     "add_compress_flag",
     "add_identity",
+    "add_moments",
+    "admm_scale",
     "analyse_weight",
     "axis_owners",
+    "bias_correction",
+    "calibrated_scale",
     "capped_grid",
     "chain_error",
     "chain_multiply_adds",
     "chain_parameters",
     "chain_shapes",
     "channel_plan",
+    "check_moment",
     "choose_channels",
     "compose_chain",
     "dequantize",
+    "describe_factorized",
+    "entropy_threshold",
+    "equalize_chain",
     "evbmf",
     "fake_quantize",
     "fold_batch_norm",
@@ -188,17 +217,23 @@ __all__ = [
     "max_steps",
     "mean_share",
     "merge_chain",
+    "method_of",
     "mse_scale",
     "natural_factorization",
+    "observe",
+    "observe_sample",
+    "output_error",
     "pipeline_schema",
     "place",
     "plan_keeps",
     "plan_layers",
     "quantize",
     "read_prune_ratios",
+    "receptive_fields",
     "replace_all",
     "round_half_away",
     "same_padding",
+    "sample_stride",
     "save_sensitivity",
     "schedule_between",
     "select",
@@ -214,6 +249,7 @@ __all__ = [
     "truncate_weight",
     "usable_block",
     "weight_grid",
+    "weight_scales",
     "write_prune_ratios",
     "write_whole",
 ]
