@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import math
 import os
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from torch import nn
@@ -15,11 +15,9 @@ from slimtrain.callbacks.exporting import Exported
 from slimtrain.callbacks.operations import map_tensors
 from slimtrain.callbacks.pruner import Pruner
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
-from slimtrain.core import PruningSchedule, schedule_between, step_of
+from slimtrain.core import Moment, PruningSchedule, check_moment, is_before, schedule_between, step_of
 
 logger = logging.getLogger(__name__)
-
-Moment = Union[int, float]
 
 
 class PrunerCallback(CompressionCallback):
@@ -29,8 +27,8 @@ class PrunerCallback(CompressionCallback):
     rank decides the same.
 
     Args:
-        begin, end: the first pruning event, and the step by which the last is over; integers are optimizer steps,
-            fractions are parts of the training.
+        begin, end: the first pruning event, and the moment by which the last is over: optimizer steps (int), parts of
+            the training (float in [0, 1]) or a text like "3 epochs".
         prune_finetune_iterations: optimizer steps without pruning between two events; None spreads the events evenly
             from ``begin`` to ``end``.
         result_file: where the ratios found are written, as ``config_file`` takes them; "" for no file.
@@ -45,8 +43,8 @@ class PrunerCallback(CompressionCallback):
                  result_file: str, module: str, export_to: Optional[str], weight_bits: int) -> None:
         super().__init__(module)
         for moment in (begin, end):
-            step_of(moment, 1)
-        if isinstance(begin, type(end)) and end < begin:
+            check_moment(moment)
+        if is_before(end, begin):
             raise ValueError("pruning cannot end at %r before it begins at %r" % (end, begin))
         self._arguments = dict(arguments, prune_finetune_iterations=prune_finetune_iterations or 0)
         self._begin, self._end, self._finetune = begin, end, prune_finetune_iterations
@@ -93,7 +91,7 @@ class PrunerCallback(CompressionCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._scheduled:
-            self.pruner.schedule = self._schedule(trainer.estimated_stepping_batches)
+            self.pruner.schedule = self._schedule(trainer.estimated_stepping_batches, _epoch_steps(trainer))
             self._scheduled = True
         self._sparsity = self.pruner.sparsity
         # the optimizer's own hook: right also under manual optimization, and silent when a scaler skips the step
@@ -154,16 +152,17 @@ class PrunerCallback(CompressionCallback):
 
     # -- inside
 
-    def _schedule(self, total_steps: float) -> PruningSchedule:
-        if math.isinf(total_steps) and not (isinstance(self._begin, int) and isinstance(self._end, int)):
+    def _schedule(self, total_steps: float, epoch_steps: Optional[float]) -> PruningSchedule:
+        if math.isinf(total_steps) and (isinstance(self._begin, float) or isinstance(self._end, float)):
             raise ValueError("the Trainer does not know how long it will train (max_epochs=-1), so begin=%r and end=%r "
-                             "must be given in optimizer steps" % (self._begin, self._end))
+                             "must be given in optimizer steps or epochs" % (self._begin, self._end))
         total = 0 if math.isinf(total_steps) else int(total_steps)
         asked = self.pruner.schedule
-        begin = max(step_of(self._begin, total), asked.begin_step)
+        begin = max(step_of(self._begin, total, epoch_steps), asked.begin_step)
         if self._finetune is not None:
             return PruningSchedule(asked.sparsity, asked.events, asked.interval, begin, asked.ramp)
-        return schedule_between(asked.sparsity, asked.events, begin, step_of(self._end, total), asked.ramp)
+        end = step_of(self._end, total, epoch_steps)
+        return schedule_between(asked.sparsity, asked.events, begin, end, asked.ramp)
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._looked:
@@ -201,6 +200,12 @@ class PrunerCallback(CompressionCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _epoch_steps(trainer: Any) -> Optional[float]:
+    """Optimizer steps of an epoch; None where a data set does not tell its length."""
+    batches = trainer.num_training_batches
+    return None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def _others_that_export(trainer: Any) -> List[Any]:

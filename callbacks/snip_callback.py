@@ -1,13 +1,13 @@
 """Pruning of single weights as a Lightning callback."""
 from __future__ import annotations
 
-from typing import List, Optional, Union
+from typing import List, Optional
 
 from torch import nn
 
 from slimtrain.callbacks.pruner_callback import PrunerCallback
 from slimtrain.callbacks.snip_pruner import SNIPLevelPruner
-from slimtrain.core import Ramp
+from slimtrain.core import Moment, Ramp
 
 
 class SNIPLevelPrunerCallback(PrunerCallback):
@@ -29,8 +29,8 @@ class SNIPLevelPrunerCallback(PrunerCallback):
         skip_first, skip_last: leave the first or last prunable layer alone.
         sensitivity_steps: optimizer steps whose gradients count for an event.
         ramp: how sparsity grows from event to event.
-        begin, end: the first event, and the step by which the last is over: optimizer steps (int) or parts of the
-            training (float in [0, 1]).
+        begin, end: the first event, and the step by which the last is over: optimizer steps (int), parts of the
+            training (float in [0, 1]) or a text like "3 epochs".
         result_file: where the ratios found are written, as ``config_file`` takes them; "" for no file.
         module: dotted path of the submodule to prune; "" for the whole model.
         export_to: path without suffix of what is written at the end of ``fit``; None for the model's name in the
@@ -42,7 +42,7 @@ class SNIPLevelPrunerCallback(PrunerCallback):
                  debug_info: bool = False, prune_finetune_iterations: Optional[int] = None,
                  max_prune_ratio: float = 0.99, *, skip_layers: Optional[List[str]] = None,
                  skip_first: bool = False, skip_last: bool = False, sensitivity_steps: int = 10,
-                 ramp: Ramp = Ramp.CUBIC, begin: Union[int, float] = 0.0, end: Union[int, float] = 1 / 3,
+                 ramp: Ramp = Ramp.CUBIC, begin: Moment = 0.0, end: Moment = 1 / 3,
                  result_file: str = "", module: str = "", export_to: Optional[str] = None,
                  weight_bits: int = 8) -> None:
         arguments = dict(sparsity=sparsity, total_pruning_iterations=total_pruning_iterations, config_file=config_file,

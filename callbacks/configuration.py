@@ -1,0 +1,57 @@
+"""Callbacks from a pipeline: one file, or one line for a flag, in the place of constructors."""
+from __future__ import annotations
+
+import os
+from typing import Any, Dict, List, Type, Union
+
+from slimtrain.callbacks.callback import CompressionCallback
+from slimtrain.callbacks.ema_callback import EMAQuantizerCallback
+from slimtrain.callbacks.lop_callback import LOPCallback
+from slimtrain.callbacks.low_rank_callback import LowRankDecompositionCallback
+from slimtrain.callbacks.lsq_callback import LSQQuantizerCallback
+from slimtrain.callbacks.oaq_callback import OAQQuantizerCallback
+from slimtrain.callbacks.simd_oc_callback import SIMDOCPrunerCallback
+from slimtrain.callbacks.snip_callback import SNIPLevelPrunerCallback
+from slimtrain.callbacks.taylor_fo_callback import TaylorFOChannelPrunerCallback
+from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallback
+from slimtrain.core import Kind, Pipeline, PipelineError, Stage, load_pipeline
+
+_CALLBACKS: Dict[str, Type[CompressionCallback]] = {
+    "EMAQuantizer": EMAQuantizerCallback,
+    "LOP": LOPCallback,
+    "LSQQuantizer": LSQQuantizerCallback,
+    "LowRankDecomposition": LowRankDecompositionCallback,
+    "OAQQuantizer": OAQQuantizerCallback,
+    "SIMDOCPruner": SIMDOCPrunerCallback,
+    "SNIPLevelPruner": SNIPLevelPrunerCallback,
+    "TaylorFOChannelPruner": TaylorFOChannelPrunerCallback,
+    "WeightQuantizer": WeightQuantizerCallback,
+}
+
+#: the stages whose callbacks write files beside checkpoints
+_WITH_CHECKPOINTS = (Kind.QUANTIZE,)
+
+
+def from_config(path_or_text: Union[str, os.PathLike[str], Pipeline], *, module: str = "") -> List[CompressionCallback]:
+    """The callbacks of a pipeline, for ``Trainer(callbacks=[...])``.
+
+    Args:
+        path_or_text: a pipeline file, its text, its one-line form, or the pipeline itself; see
+            :func:`slimtrain.core.load_pipeline`. ``slimtrain.hooks.from_config`` takes the same.
+        module: dotted path of the submodule to compress; "" for the whole LightningModule.
+
+    Raises:
+        PipelineError: the pipeline cannot work; one line that names the place and the mend.
+    """
+    pipeline = path_or_text if isinstance(path_or_text, Pipeline) else load_pipeline(path_or_text)
+    if pipeline.export.checkpoints and pipeline.last.KIND not in _WITH_CHECKPOINTS:
+        raise PipelineError("export: checkpoints=true needs a quantize stage: its callback exports beside checkpoints")
+    return [_CALLBACKS[stage.OBJECT](**_arguments(stage, pipeline), module=module) for stage in pipeline.stages]
+
+
+def _arguments(stage: Stage, pipeline: Pipeline) -> Dict[str, Any]:
+    # callbacks agree among themselves on the one that writes the files
+    arguments = {**stage.arguments(), "export_to": pipeline.export.to or None}
+    if stage.KIND in _WITH_CHECKPOINTS:
+        arguments["export_checkpoints"] = pipeline.export.checkpoints
+    return arguments
