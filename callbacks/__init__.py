@@ -1,10 +1,13 @@
 """slimtrain for PyTorch: compression objects for plain loops and a Lightning callback over each."""
 
+from slimtrain.callbacks.configuration import from_config
 from slimtrain.callbacks.ema_callback import EMAQuantizerCallback
 from slimtrain.callbacks.ema_quantizer import EMAQuantizer
 from slimtrain.callbacks.exporting import Deployed, Exported
 from slimtrain.callbacks.lop import LOP, ExpandedLine
+from slimtrain.callbacks.lop_callback import LOPCallback
 from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, low_rank_decompose
+from slimtrain.callbacks.low_rank_callback import LowRankDecompositionCallback
 from slimtrain.callbacks.low_rank_structure import (
     apply_structure,
     load_decomposed,
@@ -24,6 +27,8 @@ from slimtrain.callbacks.snip_callback import SNIPLevelPrunerCallback
 from slimtrain.callbacks.snip_pruner import SNIPLevelPruner
 from slimtrain.callbacks.taylor_fo_callback import TaylorFOChannelPrunerCallback
 from slimtrain.callbacks.taylor_fo_pruner import TaylorFOChannelPruner
+from slimtrain.callbacks.waq_callback import WAQQuantizerCallback
+from slimtrain.callbacks.waq_quantizer import WAQQuantizer
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer
 from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallback
 
@@ -35,9 +40,11 @@ __all__ = [
     "Exported",
     "FactorizedLayer",
     "LOP",
+    "LOPCallback",
     "LSQQuantizer",
     "LSQQuantizerCallback",
     "LowRankDecomposition",
+    "LowRankDecompositionCallback",
     "OAQQuantizer",
     "OAQQuantizerCallback",
     "PrunedFile",
@@ -47,11 +54,14 @@ __all__ = [
     "SNIPLevelPrunerCallback",
     "TaylorFOChannelPruner",
     "TaylorFOChannelPrunerCallback",
+    "WAQQuantizer",
+    "WAQQuantizerCallback",
     "WeightQuantizer",
     "WeightQuantizerCallback",
     "apply_structure",
     "deploy_pruned",
     "export_pruned",
+    "from_config",
     "load_channel_plan",
     "load_decomposed",
     "load_shrunk",

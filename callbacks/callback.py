@@ -35,6 +35,9 @@ class CompressionCallback(Callback):
             ``forward`` of its own, for the only submodule that has weights.
     """
 
+    #: whether attaching exchanges modules or parameters, so that every other compression comes after it
+    restructures = False
+
     def __init__(self, module: str = "") -> None:
         super().__init__()
         self.module = module
@@ -72,12 +75,21 @@ class CompressionCallback(Callback):
         """Attach to the model, once, whatever the stage: a checkpoint may be restored in any of them."""
         _refuse_unsupported(trainer, pl_module, self)
         pl_module.configure_model()  # documented to be idempotent; layers made there do not exist before
+        for other in compressions(trainer):
+            if other.restructures and not self.restructures:  # the order in the Trainer's list does not matter
+                other.setup(trainer, pl_module, stage)
         path = find_target(pl_module, self.module)
         target = submodule(pl_module, path)
         _announce_checkpoints(trainer)
         if target is not self._target:
             self.attach(target)
             self._target, self._path = target, path
+
+    def reattach(self, pl_module: Any) -> None:
+        """Layers of the model were exchanged for others, which are those of a checkpoint: attach to these."""
+        if self._target is not None:
+            self._target = submodule(pl_module, self._path)
+            self.attach(self._target)
 
     @property
     def state_key(self) -> str:
@@ -121,6 +133,11 @@ class CompressionCallback(Callback):
         state = read_sidecar(trainer.ckpt_path, self.state_key) if trainer.ckpt_path else None
         if state is not None:
             self.load_compression_state(state)
+
+
+def compressions(trainer: Any) -> List[CompressionCallback]:
+    """The compression callbacks of a Trainer, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
 
 
 def find_target(pl_module: nn.Module, path: str) -> str:
@@ -188,7 +205,7 @@ def _announce_checkpoints(trainer: Any) -> None:
 
 
 def _checkpoint_saved(trainer: Any, path: str, weights_only: bool) -> None:
-    mine = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+    mine = compressions(trainer)
     if weights_only and trainer.is_global_zero:
         if "://" in path:
             logger.warning("%s holds weights only and lies on a remote file system, where no file can be put beside "

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from typing import Any, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from slimtrain.callbacks.expanded import _EPS, EXPANDED, ExpandedLayer, padding_of
+from slimtrain.callbacks.model_view import float_view
 from slimtrain.core import identity_tap
 
 _BUFFERS = ("first_var", "middle_mean", "middle_var")
@@ -49,6 +51,20 @@ def merge_layer(layer: Any) -> None:
     layer.register_parameter("bias", own_bias)
     if bias is not None:
         own_bias.data = bias.detach().to(own_bias.dtype)
+
+
+def merged_view(model: nn.Module) -> nn.Module:
+    """The small model that an expanded one equals in evaluation mode, beside it: what is done to it does not reach
+    the model that is being trained. Layers that are not expanded share their parameters."""
+    view = float_view(model)
+    for module in list(view.modules()):
+        if isinstance(module, ExpandedLayer):
+            layer: Any = module
+            layer.compact_weight = tuple(nn.Parameter(torch.empty_like(weight)) for weight in layer.compact_weight)
+            if layer.bias is not None:
+                layer._parameters["bias"] = nn.Parameter(layer.bias.detach().clone())
+            merge_layer(layer)
+    return view
 
 
 def _add_normalizations(layer: ExpandedLayer, inner: int, outer: int, present: bool) -> None:

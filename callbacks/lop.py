@@ -52,6 +52,16 @@ class LOP:
         self.report: Tuple[ExpandedLine, ...] = ()
         self._expanded: Optional[nn.Module] = None
 
+    @staticmethod
+    def check(expand_rate: int) -> None:
+        """Refuse a bad rate before there is a model.
+
+        Raises:
+            ValueError: ``expand_rate`` is no integer of at least 1.
+        """
+        if isinstance(expand_rate, bool) or not isinstance(expand_rate, int) or expand_rate < 1:
+            raise ValueError("expand_rate must be an integer of at least 1, got %r" % (expand_rate,))
+
     def linear_expand_layers(self, expand_rate: int, compress_params_file: Optional[PathLike],
                              add_batchnorm: bool = True, add_bypass: bool = True, append: bool = False, *,
                              in_place: bool = False, skip_layers: Collection[str] = (), expand_pointwise: bool = False,
@@ -77,8 +87,7 @@ class LOP:
             ParameterFileError: there is nothing to append to.
             OSError: the file cannot be written; the model is as it was.
         """
-        if not isinstance(expand_rate, int) or expand_rate < 1:
-            raise ValueError("expand_rate must be an integer of at least 1, got %r" % (expand_rate,))
+        self.check(expand_rate)
         reasons = _reasons(self.model, [name for name in skip_layers if name], expand_pointwise, expand_linear)
         if all(reasons.values()):
             raise ValueError("nothing to expand (%s)" % ("; ".join("%s: %s" % item for item in reasons.items())

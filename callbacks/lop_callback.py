@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from torch import nn
 
+from slimtrain.callbacks.callback import compressions, find_target
 from slimtrain.callbacks.expansion import merged_view
 from slimtrain.callbacks.lop import LOP
 from slimtrain.callbacks.plain_export import PlainCallback
@@ -30,6 +31,8 @@ class LOPCallback(PlainCallback):
             Trainer's log folder, "" for no export.
     """
 
+    restructures = True
+
     def __init__(self, expand_rate: int, add_batchnorm: bool = True, add_bypass: bool = True, *,
                  skip_layers: Optional[List[str]] = None, expand_pointwise: bool = False, expand_linear: bool = False,
                  keep_weights: bool = False, module: str = "", export_to: Optional[str] = None) -> None:
@@ -40,6 +43,25 @@ class LOPCallback(PlainCallback):
             skip_layers=tuple(skip_layers or ()), expand_pointwise=expand_pointwise, expand_linear=expand_linear,
             keep_weights=keep_weights)
         self._lop: Optional[LOP] = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pl_module.configure_model()
+        mine = find_target(pl_module, self.module)
+        for other in compressions(trainer):
+            if other is not self and _overlap(mine, find_target(pl_module, other.module)):
+                raise RuntimeError(
+                    "%s and LOPCallback cannot train one model at the same time: the weights of an expanded layer are "
+                    "computed from its factors. Train with LOPCallback first, call its merge(), and give the small "
+                    "model to a Trainer with %s" % ((type(other).__name__,) * 2))
+        super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self.state_key not in checkpoint["callbacks"] and trainer.state.fn == "fit":
+            raise RuntimeError(
+                "the checkpoint is that of a model that was not expanded, whose optimizer knows other parameters: load "
+                "it into the model (%s.load_from_checkpoint), and train that with LOPCallback(keep_weights=True)" %
+                type(pl_module).__name__)
 
     @property
     def lop(self) -> LOP:
@@ -68,3 +90,9 @@ class LOPCallback(PlainCallback):
 
     def load_compression_state(self, state: Mapping[str, Any]) -> None:
         self.lop.load_state_dict(state["layers"])
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether one of two dotted paths leads into the other."""
+    longer, shorter = sorted((first, second), key=len, reverse=True)
+    return not shorter or longer == shorter or longer.startswith(shorter + ".")

@@ -84,6 +84,7 @@ class LowRankDecomposition:
                  example_input: Any = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError("model must be a torch.nn.Module, got %s" % type(model).__name__)
+        self.check(align_channels, tucker_minimal_ratio, reserved_singular_value_ratio, refinements)
         alignment = Alignment(align_channels, tucker_minimal_ratio)
         rule = rank_rule or toolbox_rule(reserved_singular_value_ratio)
         if isinstance(rule, BudgetRanks) and rule.cost is Cost.MULTIPLY_ADDS and example_input is None:
@@ -109,6 +110,19 @@ class LowRankDecomposition:
             _line(name, layer, plans[name], errors.get(name, 0.0)) if name in plans
             else _dense_line(name, layer, dense[name], positions.get(name, 1))
             for name, layer in _weighted(model).items())
+
+    @staticmethod
+    def check(align_channels: int, tucker_minimal_ratio: float, reserved_singular_value_ratio: float,
+              refinements: int) -> None:
+        """Refuse bad numbers before there is a model.
+
+        Raises:
+            ValueError: a number out of its range.
+        """
+        Alignment(align_channels, tucker_minimal_ratio)
+        toolbox_rule(reserved_singular_value_ratio)
+        if refinements < 0:
+            raise ValueError("refinements must not be negative, got %r" % (refinements,))
 
     @property
     def structure(self) -> Structure:

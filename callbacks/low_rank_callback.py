@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional
 import torch
 from torch import nn
 
+from slimtrain.callbacks.callback import compressions
 from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, log_report
 from slimtrain.callbacks.low_rank_structure import apply_structure, structure_in, structure_of
 from slimtrain.callbacks.plain_export import PlainCallback
@@ -38,6 +39,8 @@ class LowRankDecompositionCallback(PlainCallback):
             Trainer's log folder, "" for no export.
     """
 
+    restructures = True
+
     def __init__(self, skip_layers: Optional[List[str]] = None, align_channels: int = 8,
                  tucker_minimal_ratio: float = 0.25, reserved_singular_value_ratio: float = 0.5, *,
                  rank_rule: Optional[RankRule] = None, separable: Optional[List[str]] = None, refinements: int = 2,
@@ -58,6 +61,8 @@ class LowRankDecompositionCallback(PlainCallback):
             pl_module.load_state_dict(_weights(self.start_from))
             self._started = True
         before = self._target
+        if before is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            _take_weights_of_first_rank(pl_module, trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
         if self._target is not before:
             pl_module.register_load_state_dict_pre_hook(self._take_structure)
@@ -89,7 +94,11 @@ class LowRankDecompositionCallback(PlainCallback):
         if structure_of(model) and not structure and any(key.startswith(prefix) for key in state_dict):
             raise SlimtrainError("the weights to load are those of the dense model, and %s has decomposed it; to "
                                  "decompose these weights, pass their file as start_from" % type(self).__name__)
-        apply_structure(model, structure)
+        if structure != structure_of(model):
+            apply_structure(model, structure)
+            for other in compressions(pl_module.trainer) if getattr(pl_module, "_trainer", None) is not None else ():
+                if other is not self:
+                    other.reattach(pl_module)
 
 
 def _weights(path: str) -> Dict[str, Any]:
@@ -98,3 +107,12 @@ def _weights(path: str) -> Dict[str, Any]:
     except Exception as error:  # torch raises anything from EOFError to RuntimeError for a damaged file
         raise SlimtrainError("start_from=%r cannot be read: %s" % (path, str(error).splitlines()[0])) from error
     return dict(content.get("state_dict", content))
+
+
+def _take_weights_of_first_rank(model: nn.Module, device: torch.device) -> None:
+    """DDP does so when it wraps the model, but ranks that decompose other weights would have other layers by then."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            value = parameter.to(device)
+            torch.distributed.broadcast(value, 0)
+            parameter.copy_(value)

@@ -50,9 +50,8 @@ class Resumable:
     def __iter__(self):
         start, self.taken = self.taken, 0
         for index in range(start, len(self.batches)):
-            self.taken = index + 1
+            self.taken = (index + 1) % len(self.batches)  # Lightning does not ask again after the last batch
             yield self.batches[index]
-        self.taken = 0
 
     def state_dict(self):
         return {"taken": self.taken}
