@@ -10,7 +10,8 @@ from typing import Any, Dict, Iterator, List, Set
 
 import tensorflow.compat.v1 as tf
 
-_UPDATES = ("Apply", "ResourceApply", "SparseApply", "ResourceSparseApply")
+from slimtrain.hooks.graph import is_backward
+
 _LAYERS = frozenset({"Conv2D", "DepthwiseConv2dNative", "MatMul", "FusedBatchNorm", "FusedBatchNormV2",
                      "FusedBatchNormV3"})
 _CALLS = frozenset({"If", "StatelessIf", "While", "StatelessWhile", "Case", "StatelessCase", "PartitionedCall",
@@ -45,12 +46,7 @@ def check_editable(graph: tf.Graph) -> None:
 
 
 def _gradient_op(graph: tf.Graph) -> str:
-    for op in graph.get_operations():
-        if op.type.startswith(_UPDATES) or op.type.endswith(("Grad", "GradV2", "GradV3", "BackpropFilter")):
-            return str(op.name)
-        if op.name.startswith("gradients/") or "/gradients/" in op.name:
-            return str(op.name)
-    return ""
+    return next((str(op.name) for op in graph.get_operations() if is_backward(op)), "")
 
 
 def _open_sessions(graph: tf.Graph) -> Iterator[Any]:

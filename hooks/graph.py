@@ -1,6 +1,7 @@
 """Reading and editing the edges of a TensorFlow graph."""
 from __future__ import annotations
 
+import re
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set
 
 import tensorflow.compat.v1 as tf
@@ -8,9 +9,14 @@ import tensorflow.compat.v1 as tf
 #: operations that hand on a weight, whole or as one of its parts, without computing with it
 _PASS_ON = frozenset({"Identity", "ReadVariableOp", "ExpandDims", "Reshape", "Squeeze", "Transpose", "Cast", "ConcatV2",
                       "Enter", "Switch", "StopGradient"})
+#: of those, what leaves values in their order
+_KEEP_ORDER = _PASS_ON - {"Transpose", "Cast", "ConcatV2"}
 _VARIABLES = frozenset({"VariableV2", "Variable", "VarHandleOp"})
 #: operations that let a value through or not
 _GATES = frozenset({"Switch", "Enter"})
+#: how optimizers change variables
+_UPDATES = ("Apply", "ResourceApply", "SparseApply", "ResourceSparseApply")
+_GRADIENTS = re.compile(r"(^|/)gradients(_\d+)?/")
 _RANDOM = ("Random", "StatelessRandom", "TruncatedNormal", "ParameterizedTruncated", "Multinomial")
 
 
@@ -54,6 +60,14 @@ def variables_behind(tensor: tf.Tensor) -> List[str]:
     return found
 
 
+def ordered_variable(tensor: tf.Tensor) -> str:
+    """The name of the one variable that ``tensor`` hands on with its values in their order; "" for anything else."""
+    op = tensor.op
+    while op.type in _KEEP_ORDER:
+        op = op.inputs[0].op
+    return str(op.name) if op.type in _VARIABLES else ""
+
+
 def _values(op: tf.Operation) -> List[tf.Tensor]:
     if op.type == "ConcatV2":
         return list(op.inputs)[:-1]
@@ -82,6 +96,18 @@ def constant_tensors(graph: tf.Graph) -> Set[str]:
         if source or (computed and not is_random(op.type) and op.type != "PlaceholderWithDefault"):
             fixed.update(tensor.name for tensor in op.outputs)
     return fixed
+
+
+def is_backward(op: tf.Operation) -> bool:
+    """Whether an operation came with ``tf.gradients`` or an optimizer."""
+    if is_update(op) or op.type.endswith(("Grad", "GradV2", "GradV3", "BackpropFilter")):
+        return True
+    return _GRADIENTS.search(op.name) is not None
+
+
+def is_update(op: tf.Operation) -> bool:
+    """Whether an operation is the one with which an optimizer changes a variable."""
+    return str(op.type).startswith(_UPDATES)
 
 
 def is_random(op_type: str) -> bool:

@@ -4,7 +4,7 @@ They are made on the device of the model variable they belong to: with a paramet
 """
 from __future__ import annotations
 
-from typing import Any, Callable, List, NamedTuple
+from typing import Any, Callable, List, NamedTuple, Sequence
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -25,11 +25,12 @@ class Scale(NamedTuple):
     ready: tf.Tensor    #: bool; whether ``stored`` means anything yet
 
 
-def make_variable(name: str, value: np.ndarray, beside: tf.Tensor, trainable: bool = False) -> Any:
-    """A variable of the state, on the device of ``beside``."""
+def make_variable(name: str, value: np.ndarray, beside: tf.Tensor, trainable: bool = False,
+                  collections: Sequence[str] = (COLLECTION,)) -> Any:
+    """A variable of the state, on the device of ``beside``; ``collections`` come beside the global variables."""
     with tf.device(beside.device), tf.control_dependencies(None):
         return tf.Variable(value, name=name, trainable=trainable,
-                           collections=[tf.GraphKeys.GLOBAL_VARIABLES, COLLECTION])
+                           collections=[tf.GraphKeys.GLOBAL_VARIABLES, *collections])
 
 
 def started_scale(name: str, shape: List[int], beside: tf.Tensor, values: tf.Tensor,

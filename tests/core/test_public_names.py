@@ -15,9 +15,6 @@ ONE_SIDED = {
     "OAQQuantizer": "issue 6 brings it to PyTorch",
     "WAQQuantizer": "issue 6; the seed has it for PyTorch",
     "WeightQuantizer": "issue 6 brings it to TensorFlow",
-    "SNIPLevelPruner": "issue 4 brings it to TensorFlow",
-    "SIMDOCPruner": "issue 4 brings it to TensorFlow",
-    "TaylorFOChannelPruner": "issue 4 brings it to TensorFlow",
     "LOP": "issue 5 brings it to TensorFlow",
     "LowRankDecomposition": "issue 5 brings it to TensorFlow",
 }
@@ -27,6 +24,7 @@ FRAMEWORK_ONLY = {
     "MNN_QAT_variables": "graph collections exist in TensorFlow only",
     "get_qat_state_placeholder": "placeholders exist in TensorFlow only; modules know train() and eval()",
     "strip_MNN_QAT_ops": "strips a graph that was read from a file; PyTorch's object is always there",
+    "SensitivityAnalyzer": "TensorFlow's objects read sensitivities from a file; PyTorch's see gradients themselves",
     "helpers": "operations have names in TensorFlow; modules are named by named_modules()",
 }
 
@@ -38,6 +36,10 @@ ARGUMENTS = {
     "skip_quant_flag": "the seed's argument for TensorFlow; PyTorch takes patterns in skip_quant_layers",
     "mode": "offline calibration is the seed's argument for PyTorch",
     "output_names": "a graph also holds the loss; a module is called for its outputs",
+    "sensitivity_npy_file": "the seed's objects for TensorFlow do not see gradients",
+    "sensitivity_steps": "TensorFlow's objects read a file of sensitivities; hooks measure as callbacks do",
+    "prune_ratio_result_file": "an argument of do_pruning, and of the callbacks as result_file, in PyTorch",
+    "example_input": "a graph shows its structure; a module has to be run for it",
     "scale_lr_ratio": "PyTorch's optimizers have parameter groups; TensorFlow's take one learning rate",
 }
 
@@ -46,6 +48,9 @@ LOOP_ARGUMENTS = {
     "export_dir": "hooks export beside a checkpoint folder", "export_to": "callbacks export to a stem",
     "export_checkpoints": "hooks always do: TensorFlow's saver keeps the count small",
     "init_checkpoint": "Lightning loads weights before fit", "is_chief": "Lightning knows its own rank",
+    "result_file": "hooks have the seed's prune_ratio_result_file",
+    "train_steps": "a Trainer knows how long it will train; a session does not",
+    "weight_bits": "callbacks also convert; slimtrain convert --sparse does it for hooks",
     "module": "a LightningModule may hold several modules", "calibration_batches": "hooks start scales in the graph",
 }
 
@@ -61,13 +66,15 @@ def public_names(folder):
 
 
 def constructor(folder, name):
-    """Arguments of a class, in order, or None for what is no class with a constructor of its own."""
+    """Arguments of a class, in order, its own or its base's; None for what is no class with a constructor."""
     for path in sorted((ROOT / folder).glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 for item in node.body:
                     if isinstance(item, ast.FunctionDef) and item.name == "__init__":
                         return [argument.arg for argument in item.args.args[1:] + item.args.kwonlyargs]
+                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+                return constructor(folder, bases[0]) if bases else None
     return None
 
 

@@ -1,0 +1,176 @@
+"""Pruning as a part of the training step: after the optimizer's updates, before the global step is counted.
+
+All of it runs in the session run that trains, so a checkpoint never holds a weight that should be zero, and the position
+in the schedule is that of the global step. Whoever runs the training step runs it; nothing else does.
+"""
+from __future__ import annotations
+
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Set
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+from slimtrain.core import PruningSchedule
+from slimtrain.hooks.graph import inside_control_flow, is_update, ordered_variable
+from slimtrain.hooks.pruner import SCOPE, Pruner
+from slimtrain.hooks.state import make_variable
+
+_COUNTS = frozenset({"AssignAdd", "AssignAddVariableOp"})
+_GRADIENTS = ("grad", "delta")
+
+
+class Update(NamedTuple):
+    """How an optimizer changes one variable."""
+
+    op: tf.Operation
+    gradient: Optional[tf.Tensor]   #: None where it is sparse
+
+
+class Sensors(NamedTuple):
+    """Running means of sensitivities."""
+
+    scores: Dict[str, Any]   #: weight -> variable
+    batches: Any             #: int64 variable, how many were taken in
+
+
+def make_sensors(pruner: Pruner) -> Optional[Sensors]:
+    """The variables in which sensitivities are measured; None where they were given."""
+    if pruner.given_scores is not None:
+        return None
+    with pruner.graph.as_default(), tf.name_scope(None), tf.control_dependencies(None):
+        scores = {name: make_variable("{}/{}/sensitivity".format(SCOPE, name),
+                                      tf.zeros(pruner.score_shape(weight), tf.float32), weight.variable, collections=())
+                  for name, weight in pruner.weights.items()}
+        first = next(iter(pruner.weights.values())).variable
+        return Sensors(scores, make_variable(SCOPE + "/batches", np.int64(0), first, collections=()))
+
+
+def add_to_step(pruner: Pruner, sensors: Optional[Sensors], window: int, decides: bool) -> Set[str]:
+    """Let the training step look at gradients, take decisions and set weights to zero.
+
+    Args:
+        pruner: of the default graph, which is not finalized yet.
+        sensors: where sensitivities are kept, if they are to be measured.
+        window: steps whose gradients count for an event.
+        decides: whether this process takes decisions; the others only keep zeros zero.
+
+    Returns:
+        the weights that the step trains.
+
+    Raises:
+        RuntimeError: there is no global step, or no operation that counts it and trains a prunable weight.
+    """
+    updates = find_updates(pruner.graph)
+    count, trained = _training_step(pruner, updates)
+    with tf.name_scope(SCOPE + "/step/"), tf.control_dependencies([updates[name].op for name in sorted(trained)]):
+        step = tf.cast(tf.train.get_global_step(pruner.graph).read_value(), tf.int64)
+        done = [tf.no_op()]
+        if decides and sensors is not None:
+            measured = {name: updates[name] for name in pruner.weights
+                        if name in trained and updates[name].gradient is not None}
+            done = [_look(pruner, sensors, measured, step, window)]
+        if decides:
+            with tf.control_dependencies(done):
+                done = [_decide(pruner, sensors, step, [] if sensors is None else list(measured))]
+        with tf.control_dependencies(done):
+            zeroed = [pruner.zero(name) for name in pruner.keeps if name in trained or name not in updates]
+    count._add_control_inputs(zeroed)  # TensorFlow has no public way to add a control edge
+    return trained
+
+
+def find_updates(graph: tf.Graph) -> Dict[str, Update]:
+    """The optimizer's operations by the name of the variable that they change."""
+    found: Dict[str, Update] = {}
+    for op in graph.get_operations():
+        if is_update(op) and op.inputs:
+            names = [argument.name for argument in op.op_def.input_arg]
+            gradient = next((op.inputs[names.index(name)] for name in _GRADIENTS if name in names), None)
+            found.setdefault(ordered_variable(op.inputs[0]), Update(op, None if "Sparse" in op.type else gradient))
+    return found
+
+
+def looking(schedule: PruningSchedule, window: int, step: tf.Tensor) -> tf.Tensor:
+    """``schedule.looks_at`` in the graph."""
+    ahead = schedule.begin_step - step
+    ahead = tf.where(ahead > 0, ahead, tf.floormod(ahead, schedule.interval))
+    return tf.logical_and(step <= schedule.last_step, ahead < window)
+
+
+def events_due(schedule: PruningSchedule, step: tf.Tensor) -> tf.Tensor:
+    """How many events there are up to and including ``step``."""
+    passed = tf.floordiv(step - schedule.begin_step, schedule.interval) + 1
+    return tf.clip_by_value(passed, np.int64(0), np.int64(schedule.events))
+
+
+def _training_step(pruner: Pruner, updates: Dict[str, Update]) -> Any:
+    """The operation that counts the global step after training most of the weights, and what it trains."""
+    step = tf.train.get_global_step(pruner.graph)
+    if step is None:
+        raise RuntimeError("the graph has no global step: call tf.train.get_or_create_global_step() and give it to the "
+                           "optimizer")
+    for name in pruner.weights:
+        if name in updates and inside_control_flow(updates[name].op):
+            raise RuntimeError("the update of %r lies inside a cond or while_loop, where pruning cannot follow it" % name)
+    best: Any = (None, set())
+    for op in pruner.graph.get_operations():
+        if op.type in _COUNTS and ordered_variable(op.inputs[0]) == step.op.name:
+            before = _everything_before(op)
+            trained = {name for name in pruner.keeps if name in updates and updates[name].op.name in before}
+            best = max(best, (op, trained), key=lambda found: len(found[1] & set(pruner.weights)))
+    if not best[1] & set(pruner.weights):
+        raise RuntimeError("no operation trains the weights to prune and then counts the global step: give global_step "
+                           "to the minimize or apply_gradients of one of TensorFlow's version 1 optimizers")
+    return best
+
+
+def _everything_before(op: tf.Operation) -> Set[str]:
+    """Names of the operations that run before ``op``."""
+    seen: Set[str] = set()
+    waiting = [op]
+    while waiting:
+        current = waiting.pop()
+        for source in [tensor.op for tensor in current.inputs] + list(current.control_inputs):
+            if source.name not in seen:
+                seen.add(source.name)
+                waiting.append(source)
+    return seen
+
+
+def _look(pruner: Pruner, sensors: Sensors, measured: Dict[str, Update], step: tf.Tensor,
+          window: int) -> tf.Operation:
+    """Take in the gradients of this step, if they count for an event."""
+    def look() -> tf.Tensor:
+        share = 1.0 / tf.cast(tf.minimum(sensors.batches.read_value() + 1, window), tf.float32)
+        taken = [_take_in(pruner, sensors.scores[name], name, update, share) for name, update in measured.items()]
+        with tf.control_dependencies(taken):
+            with tf.control_dependencies([tf.assign_add(sensors.batches, np.int64(1))]):
+                return tf.constant(True)
+
+    return tf.cond(looking(pruner.schedule, window, step), look, lambda: tf.constant(False)).op
+
+
+def _take_in(pruner: Pruner, mean: Any, name: str, update: Update, share: tf.Tensor) -> Any:
+    weight = pruner.weights[name]
+    with tf.device(weight.variable.device):
+        value = weight.variable.read_value() * pruner.keeps[name].read_value()
+        score = pruner.score(weight, tf.abs(value * update.gradient))
+        # an overflowing batch says nothing
+        score = tf.where(tf.is_finite(score), score, tf.zeros_like(score))
+        return tf.assign_add(mean, share * (score - mean.read_value()))
+
+
+def _decide(pruner: Pruner, sensors: Optional[Sensors], step: tf.Tensor, measured: Sequence[str]) -> tf.Operation:
+    """Take the decision of the last event that is due."""
+    due = events_due(pruner.schedule, step)
+    wanted = due > pruner.events.read_value()
+    if sensors is not None:
+        wanted = tf.logical_and(wanted, sensors.batches.read_value() > 0)
+    device = next(iter(pruner.weights.values())).layer.op.device
+
+    def decide() -> tf.Tensor:
+        scores = {} if sensors is None else {name: sensors.scores[name].read_value() for name in measured}
+        with tf.control_dependencies([pruner.decision(due, scores, device)]):
+            return tf.constant(True)
+
+    return tf.cond(wanted, decide, lambda: tf.constant(False)).op
+
