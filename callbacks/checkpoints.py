@@ -76,8 +76,9 @@ def _load_sidecar(path: str, checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         return {}
     sidecar = _load(path + SIDECAR_SUFFIX)
     if sidecar.get("global_step") != checkpoint.get("global_step"):
-        raise SlimtrainError("%s%s was written at step %s and the checkpoint at step %s: they do not belong together" % (
-            path, SIDECAR_SUFFIX, sidecar.get("global_step"), checkpoint.get("global_step")))
+        raise SlimtrainError("%s%s was written at step %s and the checkpoint at step %s: they do not belong "
+                             "together" % (path, SIDECAR_SUFFIX, sidecar.get("global_step"),
+                                           checkpoint.get("global_step")))
     return sidecar
 
 

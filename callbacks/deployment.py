@@ -80,7 +80,7 @@ def integer_layer(layer: nn.Module, norm: Optional[nn.Module], call: PlannedCall
         raise TypeError("layer %r has no weight tensor" % call.layer)
     factor, shift = _affine(norm, weight)
     # float32, as training computes the levels
-    levels = integer_levels(weight.float(), own.weight_scale(), own.weight_range())
+    levels = integer_levels(weight.float(), own.weight_scale().float(), own.weight_range())
     columns = (-1,) + (1,) * (weight.dim() - 1)
     levels = levels * torch.sign(factor).float().reshape(columns)
     folded = own.weight_scale().double() * factor.abs()
@@ -90,8 +90,8 @@ def integer_layer(layer: nn.Module, norm: Optional[nn.Module], call: PlannedCall
     ratio = torch.where(folded < smallest, folded / smallest, 1.0).reshape(columns)
     levels = torch.round(levels * ratio).float()
     folded32 = folded.clamp_min(smallest).float()
-    input_scale = scales[call.input.layer].activation_scale(call.input.role)
-    output_scale = scales[call.output.layer].activation_scale(call.output.role)
+    input_scale = scales[call.input.layer].activation_scale(call.input.role).float()
+    output_scale = scales[call.output.layer].activation_scale(call.output.role).float()
     deployed = _in_units(bias, input_scale.double() * folded32.double()) if is_depthwise(layer) else bias
     return IntegerLayer(levels, folded32, deployed.float(), bias, factor, input_scale, output_scale)
 

@@ -44,9 +44,10 @@ def run_on_device(layer: nn.Module, integer: IntegerLayer, x: Tensor, function: 
 
 
 def input_levels(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """A float tensor on its grid; MNN multiplies by the reciprocal where training divides."""
-    levels = x * (1 / scale)
-    return (torch.sign(levels) * torch.floor(levels.abs() + 0.5)).clamp(grid.lower, grid.upper) * scale
+    """A float tensor on its grid, computed in float32; MNN multiplies by the reciprocal where training divides."""
+    step = scale.float()
+    levels = x.float() * (1 / step)
+    return ((torch.sign(levels) * torch.floor(levels.abs() + 0.5)).clamp(grid.lower, grid.upper) * step).to(x.dtype)
 
 
 def _sums(function: Callable[..., Tensor], x: Tensor, weight: Tensor, rest: Sequence[Any], x_grid: Grid,

@@ -34,6 +34,8 @@ def choose_layers(model: nn.Module, skip: Collection[str],
     left_float: Dict[str, str] = {}
     for name, module in weighted.items():
         reason = "named in skip_quant_layers" if name in skipped else (reason_for or why_float)(module)
+        if not reason and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            reason = "torch runs it inside the one operation that is the whole attention"
         if reason:
             left_float[name] = reason
         else:
@@ -51,9 +53,8 @@ def why_float(module: nn.Module) -> str:
         return "MNN has no int8 %s" % type(module).__name__
     if parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), Tensor):
         return "its weight is computed from other parameters; remove the parametrization first"
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        if has_small_groups(module.in_channels, module.out_channels, module.groups):
-            return "MNN takes a convolution with so small groups apart into float ones"
+    if not isinstance(module, nn.Linear) and has_small_groups(module.in_channels, module.out_channels, module.groups):
+        return "MNN takes a convolution with so small groups apart into float ones"
     return ""
 
 
@@ -65,7 +66,10 @@ def layer_kind(module: nn.Module) -> str:
 
 def weight_count(module: nn.Module) -> int:
     """Number of weights a layer multiplies with (biases and the affine of a norm are not compressed)."""
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() >= 2)
+    if isinstance(module, parametrize.ParametrizationList):
+        return 0  # counted where they are used
+    computed = [getattr(module, name) for name in getattr(module, "parametrizations", ())]
+    return sum(each.numel() for each in (*module.parameters(recurse=False), *computed) if each.dim() >= 2)
 
 
 def is_depthwise(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ class Mark:
         self.name = name
         self.scale_owner: Any = None   #: whose scale put the tensor on its grid, None while it is on none
         self.open_layer: str = ""      #: the quantized layer whose output this is, until it is quantized
-        self.exact: Optional[Tensor] = None    #: in evaluation: that layer and what is fused into it, as the device has it
+        self.exact: Optional[Tensor] = None  #: in evaluation: that layer and what is fused into it, as a device does
         self.replacement: Optional[Tensor] = None  #: what readers of a tensor changed in place shall see
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import types
 from collections import OrderedDict
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
@@ -30,7 +29,8 @@ def float_view(model: nn.Module) -> nn.Module:
 def _view(module: nn.Module, seen: Dict[int, nn.Module]) -> nn.Module:
     if id(module) in seen:
         return seen[id(module)]
-    view = copy.copy(module)
+    view: nn.Module = object.__new__(type(module))  # copy.copy asks the module, and a parametrized one refuses
+    vars(view).update(vars(module))
     seen[id(module)] = view
     children = {name: child for name, child in module._modules.items() if name != SCALES}
     ours = {key for name in _HOOKS for key, hook in view.__dict__[name].items() if isinstance(hook, OwnHook)}
@@ -104,7 +104,8 @@ def run_double(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
     tensors = {name: _double(value.detach())
                for name, value in (*model.named_parameters(), *model.named_buffers())}
     with torch.no_grad(), evaluation(model):
-        return torch.func.functional_call(model, tensors, map_tensors(_double, args), map_tensors(_double, dict(kwargs)))
+        args, kwargs = map_tensors(_double, args), map_tensors(_double, dict(kwargs))
+        return torch.func.functional_call(model, tensors, args, kwargs)
 
 
 def _double(value: Tensor) -> Tensor:

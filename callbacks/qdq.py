@@ -1,12 +1,13 @@
 """A standard quantized ONNX file (QuantizeLinear / DequantizeLinear), which onnxruntime runs in int8.
 
 MNN does not read this form as int8; it is for every other runtime. Rounding of exact ties differs: QuantizeLinear
-rounds half to even.
+rounds half to even, and biases are whole numbers of the accumulator in every layer.
 """
 from __future__ import annotations
 
+import logging
 import os
-from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Sequence, Union
 
 import numpy as np
 import onnx
@@ -18,10 +19,14 @@ from slimtrain.proto.onnx_graph import OnnxGraph
 from slimtrain.proto.onnx_match import match_layers, node_weight
 from slimtrain.proto.onnx_rewrite import fused_output
 
+logger = logging.getLogger(__name__)
+
 PathLike = Union[str, "os.PathLike[str]"]
 
 # per-channel DequantizeLinear came with this operator set
 _SMALLEST_OPSET = 13
+# levels are stored unsigned, this one standing for zero: products of signed and unsigned bytes saturate on older x86
+_ZERO = 128
 
 
 class _Step(NamedTuple):
@@ -47,9 +52,12 @@ def write_qdq(source: PathLike, layers: Sequence[DeployedLayer], target: PathLik
     steps: Dict[str, _Step] = {}
     for match in match_layers(graph, layers):
         layer, node = match.layer, match.node
-        _dequantize_weight(graph, layer, node)
+        _dequantize_constants(graph, layer, node)
         steps.setdefault(node.input[0], _Step(layer.input_scale, layer.input_grid))
-        steps[fused_output(graph, node.output[0])] = _Step(layer.output_scale, layer.output_grid)
+        grid = layer.output_grid
+        if _drop_activation(graph, node):
+            grid = grid._replace(lower=max(grid.lower, 0))
+        steps[node.output[0]] = _Step(layer.output_scale, grid)
     for name, step in steps.items():
         _quantize_tensor(graph, name, step)
     model = graph.model()
@@ -57,18 +65,40 @@ def write_qdq(source: PathLike, layers: Sequence[DeployedLayer], target: PathLik
     write_whole(target, model.SerializeToString(deterministic=True))
 
 
-def _dequantize_weight(graph: OnnxGraph, layer: DeployedLayer, node: onnx.NodeProto) -> None:
+def _dequantize_constants(graph: OnnxGraph, layer: DeployedLayer, node: onnx.NodeProto) -> None:
+    """Write weight and bias as integers; a runtime computes on integers only where both are."""
     weight = node_weight(graph, node)
     assert weight is not None
-    levels = layer.levels.astype(np.int8).reshape(weight.shape)
-    names = [graph.add_constant(levels, layer.name + ".levels"),
-             graph.add_constant(layer.weight_scales, layer.name + ".scales"),
-             graph.add_constant(np.zeros(len(levels), np.int8), layer.name + ".zero")]
-    output = graph.new_name(layer.name + "/weight")
-    made = helper.make_node("DequantizeLinear", names, [output], axis=0)
-    node.input[1] = output
-    graph.nodes.insert(0, made)
+    levels = (layer.levels + _ZERO).astype(np.uint8).reshape(weight.shape)
+    node.input[1] = _dequantized(graph, layer.name + "/weight", levels, layer.weight_scales, np.uint8(_ZERO))
+    if layer.bias is not None:
+        units = np.float32(layer.input_scale) * layer.weight_scales
+        sums = np.rint(layer.bias.astype(np.float64) / units)
+        if np.abs(sums).max() <= np.iinfo(np.int32).max:
+            node.input[2] = _dequantized(graph, layer.name + "/bias", sums.astype(np.int32), units, np.int32(0))
+        else:
+            logger.warning("the bias of layer %r does not fit 32 bits at these scales: it stays float, and the layer "
+                           "is computed in float", layer.name)
     graph.refresh()
+
+
+def _dequantized(graph: OnnxGraph, name: str, levels: np.ndarray, scales: np.ndarray, zero: np.generic) -> str:
+    names = [graph.add_constant(levels, name + ".levels"), graph.add_constant(scales, name + ".scales"),
+             graph.add_constant(np.full(len(levels), zero), name + ".zero")]
+    output = graph.new_name(name)
+    graph.nodes.insert(0, helper.make_node("DequantizeLinear", names, [output], axis=0))
+    return output
+
+
+def _drop_activation(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    """Take the activation off a layer: the integers that its output is clipped to hold what it does."""
+    fused = fused_output(graph, node.output[0])
+    if fused == node.output[0]:
+        return False
+    graph.replace([graph.producer[fused]], [])
+    node.output[0] = fused
+    graph.refresh()
+    return True
 
 
 def _quantize_tensor(graph: OnnxGraph, name: str, step: _Step) -> None:
@@ -78,27 +108,31 @@ def _quantize_tensor(graph: OnnxGraph, name: str, step: _Step) -> None:
     if before != name:
         producer = graph.producer[name]
         producer.output[list(producer.output).index(name)] = before
-    else:
-        for node in graph.consumers.get(name, []):
-            for index, read in enumerate(node.input):
-                if read == name:
-                    node.input[index] = after
-    nodes, quantized = _clip(graph, before, step)
-    scale = graph.add_constant(np.float32(step.scale), name + ".scale")
-    zero = graph.add_constant(np.int8(0), name + ".zero")
-    middle = graph.new_name(name + "/levels")
-    nodes += [helper.make_node("QuantizeLinear", [quantized, scale, zero], [middle]),
-              helper.make_node("DequantizeLinear", [middle, scale, zero], [after])]
+    for node in graph.consumers.get(name, []):
+        node.input[:] = [after if read == name else read for read in node.input]
+    nodes = _grid_nodes(graph, before, after, step)
     position = next((index + 1 for index, node in enumerate(graph.nodes) if before in node.output), 0)
     graph.nodes[position:position] = nodes
     graph.refresh()
 
 
-def _clip(graph: OnnxGraph, name: str, step: _Step) -> Tuple[List[onnx.NodeProto], str]:
-    """QuantizeLinear only knows the range of int8; any other is clipped before it."""
+def _grid_nodes(graph: OnnxGraph, before: str, after: str, step: _Step) -> List[onnx.NodeProto]:
+    """Quantize and dequantize; a narrower range than that of 8 bits is clipped between two such pairs.
+
+    A runtime replaces a layer by an integer one where dequantization stands right before it and quantization right
+    behind it, so the clip must not touch the layer.
+    """
+    scale = graph.add_constant(np.float32(step.scale), before + ".scale")
+    zero = graph.add_constant(np.uint8(_ZERO), before + ".zero")
+
+    def pair(source: str, target: str) -> List[onnx.NodeProto]:
+        levels = graph.new_name(source + "/levels")
+        return [helper.make_node("QuantizeLinear", [source, scale, zero], [levels]),
+                helper.make_node("DequantizeLinear", [levels, scale, zero], [target])]
+
     if (step.grid.lower, step.grid.upper) == (-128, 127):
-        return [], name
-    bounds = [graph.add_constant(np.float32(level * step.scale), "%s.%s" % (name, end))
+        return pair(before, after)
+    bounds = [graph.add_constant(np.float32(level) * np.float32(step.scale), "%s.%s" % (before, end))
               for level, end in ((step.grid.lower, "lower"), (step.grid.upper, "upper"))]
-    clipped = graph.new_name(name + "/clipped")
-    return [helper.make_node("Clip", [name, *bounds], [clipped])], clipped
+    wide, clipped = graph.new_name(before + "/wide"), graph.new_name(before + "/clipped")
+    return [*pair(before, wide), helper.make_node("Clip", [wide, *bounds], [clipped]), *pair(clipped, after)]

@@ -76,7 +76,7 @@ class Quantizer:
         self._debug = debug_info
         self._tracker = Tracker(model, self.layers, Handler())
         self._handles: List[Any] = []
-        self.scales = {name: LayerScales(layer, self.bits, retain_sparsity) for name, layer in self.layers.items()}
+        self.scales = {name: self.make_scales(layer) for name, layer in self.layers.items()}
         self._groups = ScaleGroups(self, scale_lr_ratio)
 
     @property
@@ -102,6 +102,10 @@ class Quantizer:
         """The scale that one tensor asks for: least squared error."""
         return choose_activation_scale(value, grid)
 
+    def make_scales(self, layer: nn.Module) -> LayerScales:
+        """The scales that hang on one layer."""
+        return LayerScales(layer, self.bits, self._retain_sparsity)
+
     def make_simulation(self) -> Simulation:
         """What runs the model from now on."""
         return Simulation(self.modules(), self.known_plan())
@@ -117,10 +121,23 @@ class Quantizer:
 
     # -- presence on the model
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether scales and hooks are on the model."""
+        return bool(self._handles)
+
     def attach(self) -> None:
-        """Put scales and hooks on the model; does nothing when they are there."""
-        if self._handles:
+        """Put scales and hooks on the model; does nothing when they are there.
+
+        Raises:
+            RuntimeError: another quantizer's are there.
+        """
+        if self.is_attached:
             return
+        for name, layer in self.layers.items():
+            if SCALES in layer._modules:
+                raise RuntimeError("layer %r is quantized already, by another quantizer: strip_qat_ops() of that one "
+                                   "first" % name)
         for name, layer in self.layers.items():
             layer.add_module(SCALES, self.scales[name])
         self._handles = self._tracker.attach()
@@ -190,6 +207,12 @@ class Quantizer:
             logger.warning("layer %r is not used by the model's forward and stays float", name)
         return plan
 
+    def run_quietly(self, batch: Any, handler: Handler) -> None:
+        """Run the model once in evaluation mode, for what a handler sees; the model is left as it was."""
+        args, kwargs = arguments(batch)
+        with unnoticed(self.model), evaluation(self.model), self._handling(handler):
+            self.model(*args, **kwargs)
+
     def restart_weight_scales(self) -> None:
         """Choose the weight scales anew, from the weights as they are."""
         for name, layer in self.layers.items():
@@ -212,8 +235,8 @@ class Quantizer:
             for name in self.layers:
                 scales = scales_of(self.layers[name])
                 logger.info("%s: weight scales %.3g..%.3g, input %.3g, output %.3g", name,
-                            float(scales.weight_scale().min()), float(scales.weight_scale().max()),
-                            float(scales.activation_scale(Role.INPUT)), float(scales.activation_scale(Role.OUTPUT)))
+                            scales.weight_scale().min().item(), scales.weight_scale().max().item(),
+                            scales.activation_scale(Role.INPUT).item(), scales.activation_scale(Role.OUTPUT).item())
 
     def known_plan(self) -> Plan:
         """The plan.
@@ -242,7 +265,7 @@ class Quantizer:
             RuntimeError: nothing is known of the activations yet.
         """
         self.known_plan()
-        attached = bool(self._handles)
+        attached = self.is_attached
         self.attach()
         try:
             with unnoticed(self.model), evaluation(self.model):
@@ -297,10 +320,12 @@ class Quantizer:
         mine, saved = self.configuration(), state["configuration"]
         for name in ("weight_bits", "activation_bits", "unsigned_activations"):
             if saved[name] != mine[name]:
-                raise ValueError("the saved scales are for %s=%r, this quantizer has %r" % (name, saved[name], mine[name]))
+                raise ValueError("the saved scales are for %s=%r, this quantizer has %r" % (
+                    name, saved[name], mine[name]))
         if set(state["weight"]) != set(self.scales):
             differing = sorted(set(state["weight"]) ^ set(self.scales))
-            raise ValueError("the saved scales are of other layers than this model quantizes: %s" % ", ".join(differing))
+            raise ValueError("the saved scales are of other layers than this model quantizes: %s" % (
+                ", ".join(differing)))
         with torch.no_grad():
             for name, scales in self.scales.items():
                 scales.weight.copy_(state["weight"][name])

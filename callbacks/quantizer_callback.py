@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from slimtrain.callbacks.first_batches import first_batches
 from slimtrain.callbacks.model_view import passed_inputs
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.quantizer import Batch, arguments
+from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class QuantizerCallback(DeployingCallback):
         present = {id(module) for module in pl_module.modules()}
         gone = [name for name, layer in self.quantizer.layers.items() if id(layer) not in present]
         if gone:
-            raise RuntimeError("layers were replaced after the callback was set up (%s): configure_model must make them "
-                               "only once (if self.net is None: ...)" % ", ".join(gone))
+            raise RuntimeError("layers were replaced after the callback was set up (%s): configure_model must make "
+                               "them only once (if self.net is None: ...)" % ", ".join(gone))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.quantizer.plan is None:
@@ -65,6 +66,19 @@ class QuantizerCallback(DeployingCallback):
         super().on_exception(trainer, pl_module, exception)
         if self._quantizer is not None:
             self._quantizer.restore_optimizers()
+
+    def progress(self) -> Dict[str, float]:
+        """The scale of each layer's input and output."""
+        if self._quantizer is None or self._quantizer.plan is None:
+            return {}
+        owners = dict.fromkeys(owner for call in self._quantizer.plan.calls for owner in (call.input, call.output))
+        return {"scale: %s of %s" % (owner.role.value, owner.layer):
+                self._quantizer.scales[owner.layer].activation_scale(owner.role).item() for owner in owners}
+
+    def layer_notes(self) -> Dict[str, LayerNote]:
+        bits = self.quantizer.bits
+        narrow = "trained on %d-bit weights, %d-bit activations" % (bits.weight, bits.activation)
+        return {name: note if note.note else note._replace(note=narrow) for name, note in super().layer_notes().items()}
 
     def new_parameters(self) -> List[nn.Parameter]:
         return list(self.quantizer.scale_parameters())

@@ -123,8 +123,8 @@ class Recorder(Handler):
             for name in arguments:
                 (by_name if tensor in self._sources else passed).setdefault(name, set()).add(owner)
         for name in sorted(name for name, owners in by_name.items() if len(owners) > 1):
-            logger.warning("tensor %r is on another grid each time its module runs; it is quantized where a layer reads "
-                           "it, and not for other readers", name)
+            logger.warning("tensor %r is on another grid each time its module runs; it is quantized where a layer "
+                           "reads it, and not for other readers", name)
         # a tensor made inside is quantized when it is passed on; its names as an argument serve calls from outside
         return {name: next(iter(owners)) for name, owners in {**passed, **by_name}.items() if len(owners) == 1}
 

@@ -12,7 +12,7 @@ from typing import Any, Dict, Mapping, Optional, Set, Tuple
 import torch
 from torch import Tensor, nn
 
-from slimtrain.callbacks.deployment import integer_layer, output_grid
+from slimtrain.callbacks.deployment import IntegerLayer, integer_layer, output_grid
 from slimtrain.callbacks.device import input_levels, run_on_device
 from slimtrain.callbacks.fake_quant import fake_quantize
 from slimtrain.callbacks.layer_scales import LayerScales, scales_of
@@ -21,7 +21,7 @@ from slimtrain.callbacks.marks import Mark
 from slimtrain.callbacks.operations import argument, map_tensors
 from slimtrain.callbacks.recording import Plan, PlannedCall
 from slimtrain.callbacks.tracking import Call, Handler, Tracker
-from slimtrain.core import SMALLEST_SCALE, OpKind, Quantizer, Role
+from slimtrain.core import SMALLEST_SCALE, Grid, OpKind, Quantizer, Role
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +101,7 @@ class Simulation(Handler):
         layer = self._modules[call.layer]
         scales = scales_of(layer)
         x, owner = self._layer_input(call, tracker)
-        rest = call.args[3:]
-        more = {key: value for key, value in call.kwargs.items() if key not in ("input", "weight", "bias")}
-        self._latest_exact = self._device_value(call, owner, x, rest, more)
+        self._latest_exact = self._device_value(call, owner, x)
         if self._latest_exact is not None and not torch.is_grad_enabled():
             return self._latest_exact
         weight = argument(call.args, call.kwargs, 1, "weight")
@@ -112,17 +110,21 @@ class Simulation(Handler):
         bias = argument(call.args, call.kwargs, 2, "bias")
         if bias is not None and is_depthwise(layer) and call.layer not in self._folded:
             bias = on_grid(bias, self._scale(owner).to(bias.dtype) * scales.weight_scale().to(bias.dtype))
-        result = call.function(x, quantized, bias, *rest, **more)
+        result = self.compute(call, owner, x, quantized, bias)
         self.computed(call.layer, owner, result, bias)
-        return result  # type: ignore[no-any-return]
+        return result
+
+    def compute(self, call: Call, owner: Quantizer, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        """Compute a layer from an input of ``owner`` and weights that lie on their grids."""
+        return call.function(x, weight, bias, *call.args[3:], **_options(call))  # type: ignore[no-any-return]
 
     def computed(self, layer: str, owner: Quantizer, result: Tensor, bias: Optional[Tensor]) -> None:
         """A layer computed ``result`` in training, from the input of ``owner``."""
 
-    def _device_value(self, call: Call, owner: Quantizer, x: Tensor, rest: Any, more: Any) -> Optional[Tensor]:
+    def _device_value(self, call: Call, owner: Quantizer, x: Tensor) -> Optional[Tensor]:
         """The layer's fused output as the device computes it; None in training and where there is no plan."""
         planned = self._calls.get((call.layer, owner))
-        if not self._exact or planned is None or x.dtype is torch.float64:
+        if not self._exact or planned is None:
             return None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             scales = {name: scales_of(self._modules[name])
@@ -134,7 +136,14 @@ class Simulation(Handler):
             if planned.activation:
                 cut = cut._replace(lower=max(cut.lower, 0))
             grids = scales[owner.layer].grid(owner.role), scales[call.layer].weight_grid, cut
-            return run_on_device(layer, integer, x.float(), lambda *args: call.function(*args, **more), rest, grids)
+            return self.compute_integers(call, owner, integer, x.float(), grids).to(x.dtype)
+
+    def compute_integers(self, call: Call, owner: Quantizer, integer: IntegerLayer, x: Tensor,
+                         grids: Tuple[Grid, Grid, Grid]) -> Tensor:
+        """Compute a layer as the device does; ``grids`` of input, weight and output (cut by an activation)."""
+        more = _options(call)
+        return run_on_device(self._modules[call.layer], integer, x, lambda *args: call.function(*args, **more),
+                             call.args[3:], grids)
 
     def _layer_input(self, call: Call, tracker: Tracker) -> Tuple[Tensor, Quantizer]:
         x, mark = call.inputs[0], call.marks[0]
@@ -180,7 +189,7 @@ class Simulation(Handler):
 
     def quantize(self, value: Tensor, owner: Quantizer, scales: LayerScales) -> Tensor:
         """Put one activation on its grid."""
-        if self._exact and not torch.is_grad_enabled() and value.dtype is torch.float32:
+        if self._exact and not torch.is_grad_enabled():
             return input_levels(value, self._scale(owner), scales.grid(owner.role))
         return fake_quantize(value, self._scale(owner), scales.activation_range(owner.role))
 
@@ -192,6 +201,11 @@ class Simulation(Handler):
             self._unplanned.add(layer)
             logger.warning("the %s of layer %r is not where it was when the model was recorded; the layer is "
                            "quantized on its own", what, layer)
+
+
+def _options(call: Call) -> Dict[str, Any]:
+    """The keyword arguments of a layer's function that are not its tensors (stride, padding, ...)."""
+    return {key: value for key, value in call.kwargs.items() if key not in ("input", "weight", "bias")}
 
 
 class _Swap(torch.autograd.Function):

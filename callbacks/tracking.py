@@ -169,7 +169,8 @@ class Tracker(TorchFunctionMode):
         """Whether the present or latest run repeats a part of an earlier one (activation checkpointing)."""
         return self._entrances.repeating
 
-    def enter_arguments(self, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+    def enter_arguments(self, args: Tuple[Any, ...],
+                        kwargs: Mapping[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         """Name the tensors passed into the innermost module."""
         frame = self._frames[-1]
         tensors = tensors_in([args, dict(kwargs)])

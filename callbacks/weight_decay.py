@@ -33,13 +33,14 @@ class ScaleGroups:
     def __init__(self, owner: Any, learning_rate_ratio: float = 1.0) -> None:
         self._owner = weakref.ref(owner)
         self._ratio = learning_rate_ratio
-        self._optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._handles = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
         weakref.finalize(owner, _remove, self._handles)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> ScaleGroups:
         owner = self._owner()
-        return ScaleGroups(memo.get(id(owner), owner), self._ratio)  # the copied model's quantizer watches its own scales
+        # the copied model's quantizer watches its own scales
+        return ScaleGroups(memo.get(id(owner), owner), self._ratio)
 
     def restore(self) -> None:
         """Give the optimizers their own groups back, after a step that was broken off by an exception."""

@@ -86,7 +86,8 @@ class Slow(pl.Callback):
             file.write("x")
         time.sleep(0.01)
 
-saver = ModelCheckpoint(sys.argv[1], "{step}", every_n_train_steps=1, save_top_k=2, save_last=True, monitor="step", mode="max")
+saver = ModelCheckpoint(sys.argv[1], "{step}", every_n_train_steps=1, save_top_k=2, save_last=True, monitor="step",
+                        mode="max")
 last = os.path.join(sys.argv[1], "last.ckpt")
 whole = fit(sys.argv[1], saver, Slow(), max_epochs=3, ckpt_path=last if os.path.exists(last) else None)
 torch.save(values(*whole), os.path.join(sys.argv[1], "values.pt"))
@@ -111,17 +112,22 @@ def test_killed_run_resumed_ends_like_an_uninterrupted_one(tmp_path, uninterrupt
     assert same(torch.load(tmp_path / "values.pt", weights_only=True), uninterrupted)
 
 
+class Look(pl.Callback):
+    """Keeps the scales with which training starts."""
+
+    def __init__(self, callback) -> None:
+        self.callback = callback
+
+    def on_train_start(self, trainer, pl_module):
+        self.scales = [p.detach().clone() for p in self.callback.quantizer.scale_parameters()]
+
+
 def test_float_checkpoint_starts_scales_from_its_weights(tmp_path):
     saver = ModelCheckpoint(str(tmp_path), "float")
     model = seeded()
     trainer(tmp_path, saver, max_epochs=1).fit(model, loader())
     resumed, callback = Lit(), LSQQuantizerCallback(bits=4, export_to="")
-
-    class Look(pl.Callback):
-        def on_train_start(self, trainer, pl_module):
-            self.scales = [p.detach().clone() for p in callback.quantizer.scale_parameters()]
-
-    look = Look()
+    look = Look(callback)
     torch.manual_seed(99)
     trainer(tmp_path, callback, look, max_epochs=2).fit(resumed, loader(), ckpt_path=saver.best_model_path)
     wanted = LSQQuantizer(model, bits=4)
@@ -133,13 +139,13 @@ def test_float_checkpoint_after_quantized_training_starts_anew(tmp_path):
     saver = ModelCheckpoint(str(tmp_path), "float")
     trainer(tmp_path, saver, max_epochs=1).fit(seeded(), loader())
     model, callback = fit(tmp_path / "a", max_epochs=1, model=Lit())
-    before = values(model, callback)
-    trainer(tmp_path / "b", callback, max_epochs=1).fit(model, loader(), ckpt_path=saver.best_model_path)
+    before, look = values(model, callback), Look(callback)
+    trainer(tmp_path / "b", callback, look, max_epochs=2).fit(model, loader(), ckpt_path=saver.best_model_path)
     fresh = LSQQuantizer(Lit(), bits=4)
     fresh.model.load_state_dict(torch.load(saver.best_model_path, weights_only=True)["state_dict"])
     fresh.calibrate([next(iter(loader()))[0]])
     assert not same(values(model, callback), before)
-    assert all(torch.equal(a, b) for a, b in zip(callback.quantizer.scale_parameters(), fresh.scale_parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(look.scales, fresh.scale_parameters()))
 
 
 def test_second_fit_goes_on(tmp_path):
@@ -414,7 +420,8 @@ def test_rebuilt_layers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"bits": 1}, "2 to 8"), ({"bits": 9}, "2 to 8"), ({"weight_bits": 0}, "2 to 8"), ({"activation_bits": 16}, "2 to 8"),
+    ({"bits": 1}, "2 to 8"), ({"bits": 9}, "2 to 8"), ({"weight_bits": 0}, "2 to 8"),
+    ({"activation_bits": 16}, "2 to 8"),
     ({"mode": "sometimes"}, "'online', 'offline'"), ({"scale_lr_ratio": 0}, "positive"),
     ({"calibration_batches": 0}, "at least 1"),
 ])
@@ -473,7 +480,7 @@ def test_two_callbacks_on_two_submodules(tmp_path):
         two = LSQQuantizerCallback(bits=4, module="second", export_to="")
         model = seeded(Pair)
         ckpt_path = options.pop("ckpt_path", None)
-        trainer(folder, one, two, *more, max_epochs=2, **options).fit(model, loader(), ckpt_path=ckpt_path)
+        trainer(folder, one, two, *more, max_epochs=2, **options).fit(model, Resumable(), ckpt_path=ckpt_path)
         return {**values(model, one), **{"two " + k: v for k, v in values(model, two).items()}}
 
     whole = run(tmp_path)
