@@ -23,21 +23,26 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 
 def write_files(model: onnx.ModelProto, layers: Sequence[DeployedLayer], onnx_path: PathLike, params_path: PathLike,
-                append: bool) -> Rewritten:
+                append: bool) -> None:
     """Write a rewritten model and its parameters, both or none.
-
-    Returns:
-        what was written.
 
     Raises:
         ConversionError, ParameterFileError: nothing is written.
     """
     rewritten = prepare(model, layers)
+    write_rewritten(rewritten, onnx_path, params_path, append)
+
+
+def write_rewritten(rewritten: Rewritten, onnx_path: PathLike, params_path: PathLike, append: bool) -> None:
+    """Write an already rewritten model and its parameters, both or none.
+
+    Raises:
+        ParameterFileError: nothing is written.
+    """
     replace_all([(onnx_path, rewritten.model.SerializeToString(deterministic=True)),
                  (params_path, params_bytes(rewritten.params, params_path, append))])
     for change in rewritten.changes:
         logger.info("%s: %s", os.fspath(onnx_path), change)
-    return rewritten
 
 
 def params_bytes(params: Sequence[Union[LayerParams, WeightOnlyParams]], path: PathLike, append: bool) -> bytes:

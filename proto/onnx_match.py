@@ -65,6 +65,18 @@ def node_weight(graph: OnnxGraph, node: onnx.NodeProto) -> Optional[np.ndarray]:
     return weight if node.op_type == "Gemm" and attribute(node, "transB", 0) else weight.T
 
 
+def bias_addition(graph: OnnxGraph, node: onnx.NodeProto,
+                  channels: int) -> Optional[Tuple[onnx.NodeProto, np.ndarray]]:
+    """The node that alone reads a MatMul and adds a constant bias to it, and that bias, float32 [channels]."""
+    following = graph.only_consumer(node.output[0])
+    if node.op_type != "MatMul" or following is None or following.op_type != "Add":
+        return None
+    value = next((found for found in map(graph.constant, following.input) if found is not None), None)
+    if value is None or value.size != channels or value.shape[-1:] != (channels,):
+        return None
+    return following, value.reshape(-1).astype(np.float32)
+
+
 def _match(graph: OnnxGraph, layer: DeployedLayer, node: onnx.NodeProto) -> Optional[Match]:
     weight = node_weight(graph, node)
     if weight is None or _without_ones(weight.shape) != _without_ones(layer.trained_weight.shape):

@@ -45,7 +45,8 @@ def _kind(graph: OnnxGraph, node: onnx.NodeProto, layers: Mapping[str, str], inp
     if node.op_type == "Clip":
         return clip_kind(graph, node)
     if node.op_type == "Pad":
-        value = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else attribute(node, "value", 0.0)
+        given = len(node.input) > 2 and node.input[2]
+        value = graph.constant(node.input[2]) if given else attribute(node, "value", 0.0)
         return OpKind.VIEW if value is not None and not np.any(value) else OpKind.OTHER
     if node.op_type == "Resize":
         return OpKind.VIEW if attribute(node, "mode", b"nearest") == b"nearest" else OpKind.RESIZE

@@ -19,7 +19,7 @@ from slimtrain.proto.deployed import DeployedLayer
 from slimtrain.proto.layers import LayerParams
 from slimtrain.proto.onnx_exactness import Step, make_islands, put_on_grid
 from slimtrain.proto.onnx_graph import OnnxGraph
-from slimtrain.proto.onnx_match import Match, Weight, match_layers, node_weight
+from slimtrain.proto.onnx_match import Match, Weight, bias_addition, match_layers, node_weight
 from slimtrain.proto.onnx_placement import is_fusable, place_onnx
 
 logger = logging.getLogger(__name__)
@@ -56,17 +56,19 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid:
         write = _write_conv if match.node.op_type == "Conv" else _write_linear
         written[write(graph, match, on_grid, changes)] = match.layer
     placement = place_onnx(graph, {name: layer.name for name, layer in written.items()})
-    _compare(placement, written)
+    if on_grid:
+        _compare(placement, written)
     make_islands(graph, placement, changes)
     if on_grid:
-        put_on_grid(graph, placement, _steps(written.values()), changes)
+        put_on_grid(graph, placement, steps_of(written.values()), changes)
     rewritten = graph.model()
     onnx.checker.check_model(rewritten)
     params = all_params(graph, written)
     return Rewritten(rewritten, params, tuple(changes), placement, written)
 
 
-def _steps(layers: Iterable[DeployedLayer]) -> Dict[Quantizer, Step]:
+def steps_of(layers: Iterable[DeployedLayer]) -> Dict[Quantizer, Step]:
+    """Scale and levels of each owner of a scale."""
     steps = {layer.call.output: Step(layer.output_scale, layer.output_grid) for layer in layers}
     steps.update((layer.call.input, Step(layer.input_scale, layer.input_grid)) for layer in layers)
     return steps
@@ -77,8 +79,8 @@ def _compare(placement: Placement, written: Mapping[str, DeployedLayer]) -> None
     for call in placement.calls:
         simulated = written[call.tensor].call
         if (call.input, call.output) != (simulated.input, simulated.output):
-            logger.warning("layer %r was trained with the scales of %s and %s, but the exported graph puts it behind %s "
-                           "and before %s", call.layer, simulated.input, simulated.output, call.input, call.output)
+            logger.warning("layer %r was trained with the scales of %s and %s, but the exported graph puts it behind "
+                           "%s and before %s", call.layer, simulated.input, simulated.output, call.input, call.output)
 
 
 # -- layers
@@ -124,10 +126,10 @@ def _write_linear(graph: OnnxGraph, match: Match, on_grid: bool, changes: List[s
     layer, old = match.layer, [match.node]
     source, output = match.node.input[0], match.node.output[0]
     rank = len(graph.shapes().get(source, ())) if match.node.op_type == "MatMul" else 2
+    addition = bias_addition(graph, match.node, len(layer.levels))
+    if addition is not None:
+        old, output = old + [addition[0]], addition[0].output[0]
     following = graph.only_consumer(output)
-    if match.node.op_type == "MatMul" and following is not None and following.op_type == "Add":
-        old, output = old + [following], following.output[0]
-        following = graph.only_consumer(output)
     if match.needs_fold and following is not None and following.op_type == "BatchNormalization":
         old, output = old + [following], following.output[0]
         following = graph.only_consumer(output)
@@ -194,7 +196,8 @@ def _conv_params(graph: OnnxGraph, layer: DeployedLayer, name: str, output: str)
 
 def _entry(layer: DeployedLayer, name: str, outputs: Tuple[str, ...], part: slice) -> LayerParams:
     return LayerParams(name, outputs, layer.input_scale, layer.output_scale, layer.weight_scales[part],
-                       layer.input_grid, layer.output_grid, layer.weight_grid, layer.method)
+                       layer.input_grid, layer.output_grid, layer.weight_grid, layer.method,
+                       winograd=layer.winograd)
 
 
 def fused_output(graph: OnnxGraph, output: str) -> str:

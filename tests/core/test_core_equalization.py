@@ -127,7 +127,8 @@ def test_bias_correction_gives_outputs_their_mean_back():
     shift = bias_correction(quantized - weight, add_moments(InputMoments(), x).mean)
     for output in range(4):
         inputs = x[output // 2]
-        assert (inputs.dot(quantized[output]) + shift[output]).mean() == pytest.approx(inputs.dot(weight[output]).mean())
+        corrected = inputs.dot(quantized[output]) + shift[output]
+        assert corrected.mean() == pytest.approx(inputs.dot(weight[output]).mean())
 
 
 def test_moments_that_do_not_fit_are_refused():
