@@ -42,7 +42,8 @@ _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 # questions about a tensor, which read none of its values
 _METADATA = frozenset({"dim", "size", "stride", "numel", "nelement", "element_size", "is_contiguous",
                        "is_floating_point", "is_complex", "type", "get_device", "data_ptr", "storage_offset", "__len__",
-                       "__repr__", "__format__", "__hash__", "register_hook", "requires_grad_", "is_pinned", "untyped_storage"})
+                       "__repr__", "__format__", "__hash__", "register_hook", "requires_grad_", "is_pinned",
+                       "untyped_storage"})
 
 
 def reads_values(function: Callable[..., Any]) -> bool:
