@@ -1,4 +1,4 @@
-"""TensorFlow 1.15, and 2.x through ``tensorflow.compat.v1``: what compresses graphs, and hooks for monitored sessions."""
+"""TensorFlow 1.15, and 2.x through ``tensorflow.compat.v1``: compression of graphs, and hooks for sessions."""
 
 from slimtrain.hooks import helpers
 from slimtrain.hooks.ema_quantizer import EMAQuantizer

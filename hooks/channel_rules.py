@@ -13,8 +13,8 @@ import tensorflow.compat.v1 as tf
 #: results stand where the values stood that they were computed from
 KEEPS_PLACES = frozenset({
     "Relu", "Relu6", "LeakyRelu", "Elu", "Selu", "Sigmoid", "Tanh", "Softplus", "Softsign", "Abs", "Neg", "Exp", "Log",
-    "Sqrt", "Rsqrt", "Square", "Erf", "Identity", "StopGradient", "PreventGradient", "CheckNumerics", "Cast", "Snapshot",
-    "ClipByValue"})
+    "Sqrt", "Rsqrt", "Square", "Erf", "Identity", "StopGradient", "PreventGradient", "CheckNumerics", "Cast",
+    "Snapshot", "ClipByValue"})
 #: results keep batch and channel, not the place
 POOLS = frozenset({"MaxPool", "MaxPoolV2", "AvgPool", "ResizeBilinear", "ResizeNearestNeighbor", "ResizeBicubic",
                    "SpaceToBatchND", "BatchToSpaceND"})

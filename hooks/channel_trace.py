@@ -34,7 +34,6 @@ from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.operations import Network
 from slimtrain.hooks.pruning_layers import PrunableWeight, PrunableWeights
 
-
 #: moves that are written without any length
 _SIZELESS = frozenset({"Transpose", "ConcatV2", "Split", "Pack", "Unpack"})
 
@@ -42,10 +41,10 @@ _SIZELESS = frozenset({"Transpose", "ConcatV2", "Split", "Pack", "Unpack"})
 class ConstantEdge(NamedTuple):
     """An input that has a value of its own for each channel."""
 
-    op: str     #: name of the operation that reads it
-    index: int  #: of the input
-    axis: int   #: of its channels, from the end (-1: the last)
-    key: str    #: its channels among the vectors of the classes
+    op: str        #: name of the operation that reads it
+    position: int  #: of the input
+    axis: int      #: of its channels, from the end (-1: the last)
+    key: str       #: its channels among the vectors of the classes
 
 
 class ReshapeEdge(NamedTuple):
@@ -241,15 +240,18 @@ class _Tracer:
         first, *others = narrowed(wide)
         for other in others:
             self._graph.join(first, other)
-            self._graph.fix(np.maximum(first, other)[(first < 0) != (other < 0)], "it is combined with channels that stay")
+            one_sided = (first < 0) != (other < 0)
+            self._graph.fix(np.maximum(first, other)[one_sided], "it is combined with channels that stay")
         return [wide[int(np.argmax([shadow.max() for shadow in wide]))]]
 
     def _join_constant(self, op: tf.Operation, index: int, tensor: tf.Tensor, shadow: np.ndarray,
                        dims: Collection[int]) -> bool:
         """Record a constant with values of its own for the channels; False when it varies in another way."""
         lengths = static_shape(tensor)
-        axes = [dim - shadow.ndim for dim in dims if lengths is None or _length(lengths, dim - shadow.ndim) > 1]
-        if len(axes) > 1 or (axes and (lengths is None or len(dims) > 1)):
+        if lengths is None:
+            return False
+        axes = [dim - shadow.ndim for dim in dims if _length(lengths, dim - shadow.ndim) > 1]
+        if axes and len(dims) > 1:
             return False
         if axes:
             channels = self._along(np.moveaxis(shadow, axes[0], -1))
@@ -289,10 +291,9 @@ class _Tracer:
         for tensor in op.inputs:
             shadow = self._shadow(tensor)
             if tensor.dtype.is_floating:
-                shape = static_shape(tensor)
-                if shadow is None and shape is None:
+                if shadow is None:
                     return None
-                inputs.append(np.ascontiguousarray(np.full(shape, -1) if shadow is None else shadow).astype(np.int32))
+                inputs.append(np.ascontiguousarray(shadow, np.int32))
                 sources.append(len(inputs) - 1)
             else:
                 value = _static_value(tensor)

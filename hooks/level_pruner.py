@@ -35,13 +35,13 @@ class LevelPruner(Pruner):
 
     def decide(self, scores: Mapping[str, np.ndarray], alive: Optional[Keeps], fraction: float) -> Keeps:
         rows = {name: self.weights[name].rows(score) for name, score in scores.items()}
-        before = None if alive is None else {name: self.weights[name].rows(alive[name]) for name in rows}
+        before = {} if alive is None else {name: self.weights[name].rows(alive[name]) for name in rows}
         free = {name: score for name, score in rows.items() if name not in self._config}
-        keeps = {name: layer_keep(rows[name], ratio * fraction, self.block, before and before[name])
+        keeps = {name: layer_keep(rows[name], ratio * fraction, self.block, before.get(name))
                  for name, ratio in self._config.items() if name in rows}
         if free:
             keeps.update(global_keep(free, self.schedule.sparsity * fraction, self.block, self._max_prune_ratio,
-                                     before and {name: before[name] for name in free}))
+                                     {name: before[name] for name in free} if before else None))
         return {name: weight.values(keeps[name]) if name in keeps else np.ones(weight.variable.shape.as_list(), bool)
                 for name, weight in self.weights.items()}
 

@@ -79,9 +79,9 @@ class Pruner:
             self.keeps = {name: self._variable(name, "keep", variable, tf.ones(variable.shape, tf.float32))
                           for name, variable in self._masked().items()}
             first = next(iter(self.weights.values())).variable
-            self.events = make_variable(SCOPE + "/events", np.int64(0), first, collections=())
-            self.sparsity = make_variable(SCOPE + "/sparsity", np.float32(0), first, collections=())
-            self._calls = make_variable(SCOPE + "/calls", np.int64(0), first, collections=())
+            self.events = make_variable(SCOPE + "/events", np.array(0, np.int64), first, collections=())
+            self.sparsity = make_variable(SCOPE + "/sparsity", np.array(0, np.float32), first, collections=())
+            self._calls = make_variable(SCOPE + "/calls", np.array(0, np.int64), first, collections=())
             mine = list(self.keeps.values()) + [self.events, self.sparsity, self._calls]
             self._flags = [tf.is_variable_initialized(variable) for variable in mine]
             self._start = tf.variables_initializer(mine)
@@ -210,7 +210,8 @@ class Pruner:
             measured = dict(zip(weights, arrays)) or self.given_scores
             alive = {name: values > 0 for name, values in zip(masks, arrays[len(weights):])} if before else None
             keeps = self._decide_event(int(due) - 1, measured, alive)
-            return [np.float32(self._zero_shares(keeps)[OVERALL])] + [keeps[name].astype(np.float32) for name in masks]
+            overall = np.array(self._zero_shares(keeps)[OVERALL], np.float32)
+            return [overall] + [keeps[name].astype(np.float32) for name in masks]
 
         inputs = [events, self.events.read_value()] + [scores[name] for name in weights]
         with tf.device(device):

@@ -37,8 +37,8 @@ class PrunerHook(ExportingHook):
         is_chief: whether this process exports and takes decisions, as given to the session.
 
     Raises:
-        ValueError: ``export_dir`` without ``output_names``, moments that cannot be told in steps, an end that is missing
-            or too early.
+        ValueError: ``export_dir`` without ``output_names``, moments that cannot be told in steps, an end that is
+            missing or too early.
     """
 
     def __init__(self, pruner: Pruner, sensitivity_steps: int, begin: Moment, end: Optional[Moment],

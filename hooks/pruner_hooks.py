@@ -24,7 +24,7 @@ class SNIPLevelPrunerHook(PrunerHook):
 
     Args:
         sensitivity_npy_file: what ``SensitivityAnalyzer`` wrote, to be used in the place of measuring.
-        prune_finetune_iterations: steps without pruning between two events; None spreads them from ``begin`` to ``end``.
+        prune_finetune_iterations: steps without pruning between two events; None spreads them from begin to end.
         sensitivity_steps: steps whose gradients count for an event.
         begin, end: the first event, and the step by which the last is over: global steps (int) or parts of the training
             (float in [0, 1], with ``train_steps``).
@@ -56,8 +56,8 @@ class SNIPLevelPrunerHook(PrunerHook):
         super().__init__(SNIPLevelPruner(
             sensitivity_npy_file, graph, sparsity, total_pruning_iterations, config_file, debug_info,
             prune_finetune_iterations or 0, max_prune_ratio, prune_ratio_result_file, output_names=output_names,
-            skip_layers=skip_layers, skip_first=skip_first, skip_last=skip_last, ramp=ramp), sensitivity_steps, begin, end,
-            prune_finetune_iterations, train_steps, export_dir, output_names, is_chief)
+            skip_layers=skip_layers, skip_first=skip_first, skip_last=skip_last, ramp=ramp),
+            sensitivity_steps, begin, end, prune_finetune_iterations, train_steps, export_dir, output_names, is_chief)
 
 
 class SIMDOCPrunerHook(PrunerHook):
@@ -68,7 +68,7 @@ class SIMDOCPrunerHook(PrunerHook):
 
     Args:
         sensitivity_npy_file: what ``SensitivityAnalyzer`` wrote, to be used in the place of measuring.
-        prune_finetune_iterations: steps without pruning between two events; None spreads them from ``begin`` to ``end``.
+        prune_finetune_iterations: steps without pruning between two events; None spreads them from begin to end.
         sensitivity_steps: steps whose gradients count for an event.
         begin, end: the first event, and the step by which the last is over: global steps (int) or parts of the training
             (float in [0, 1], with ``train_steps``).
@@ -100,8 +100,8 @@ class SIMDOCPrunerHook(PrunerHook):
         super().__init__(SIMDOCPruner(
             sensitivity_npy_file, graph, sparsity, total_pruning_iterations, config_file, debug_info,
             prune_finetune_iterations or 0, max_prune_ratio, prune_ratio_result_file, output_names=output_names,
-            skip_layers=skip_layers, skip_first=skip_first, skip_last=skip_last, ramp=ramp), sensitivity_steps, begin, end,
-            prune_finetune_iterations, train_steps, export_dir, output_names, is_chief)
+            skip_layers=skip_layers, skip_first=skip_first, skip_last=skip_last, ramp=ramp),
+            sensitivity_steps, begin, end, prune_finetune_iterations, train_steps, export_dir, output_names, is_chief)
 
 
 class TaylorFOChannelPrunerHook(PrunerHook):
@@ -113,7 +113,7 @@ class TaylorFOChannelPrunerHook(PrunerHook):
 
     Args:
         sensitivity_npy_file: what ``SensitivityAnalyzer`` wrote, to be used in the place of measuring.
-        prune_finetune_iterations: steps without pruning between two events; None spreads them from ``begin`` to ``end``.
+        prune_finetune_iterations: steps without pruning between two events; None spreads them from begin to end.
         sensitivity_steps: steps whose gradients count for an event.
         begin, end: the first event, and the step by which the last is over: global steps (int) or parts of the training
             (float in [0, 1], with ``train_steps``).
@@ -125,8 +125,8 @@ class TaylorFOChannelPrunerHook(PrunerHook):
         is_chief: whether this process exports and takes decisions, as given to the session.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError: as ``TaylorFOChannelPruner``; no checkpoint at ``init_checkpoint``; an
-            ``export_dir`` without ``output_names``; moments that cannot be told in steps.
+        ValueError, TypeError, RuntimeError, OSError: as ``TaylorFOChannelPruner``; no checkpoint at
+            ``init_checkpoint``; an ``export_dir`` without ``output_names``; moments that cannot be told in steps.
     """
 
     def __init__(self, sensitivity_npy_file: Optional[PathLike] = None, graph: Optional[tf.Graph] = None,
@@ -143,6 +143,6 @@ class TaylorFOChannelPrunerHook(PrunerHook):
             start_from_checkpoint(graph if graph is not None else tf.get_default_graph(), init_checkpoint)
         super().__init__(TaylorFOChannelPruner(
             sensitivity_npy_file, graph, sparsity, total_pruning_iterations, config_file, debug_info,
-            prune_finetune_iterations or 0, max_prune_ratio, prune_ratio_result_file, align_channels, output_names=output_names,
-            skip_layers=skip_layers, ramp=ramp), sensitivity_steps, begin, end,
+            prune_finetune_iterations or 0, max_prune_ratio, prune_ratio_result_file, align_channels,
+            output_names=output_names, skip_layers=skip_layers, ramp=ramp), sensitivity_steps, begin, end,
             prune_finetune_iterations, train_steps, export_dir, output_names, is_chief)

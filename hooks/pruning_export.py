@@ -49,7 +49,8 @@ def export_pruned(stem: str, session: tf.Session, pruner: Pruner, network: Prune
         ConversionError: a part of the graph has no inference form, or depends on a number of channels.
     """
     frozen = float_graph(session, network.clean, network.network, network.outputs)
-    files: List[Tuple[str, bytes]] = [(stem + ".compress_params.bin", params_bytes(contributed(session.graph, session)))]
+    params = params_bytes(contributed(session.graph, session))
+    files: List[Tuple[str, bytes]] = [(stem + ".compress_params.bin", params)]
     frozen, plan = pruner.deployable(frozen, session, network.outputs)
     if plan:
         files.append((stem + ".channels.json", plan.encode("utf-8")))

@@ -1,7 +1,7 @@
 """Pruning as a part of the training step: after the optimizer's updates, before the global step is counted.
 
-All of it runs in the session run that trains, so a checkpoint never holds a weight that should be zero, and the position
-in the schedule is that of the global step. Whoever runs the training step runs it; nothing else does.
+All of it runs in the session run that trains, so a checkpoint never holds a weight that should be zero, and the
+position in the schedule is that of the global step. Whoever runs the training step runs it; nothing else does.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_sensors(pruner: Pruner) -> Optional[Sensors]:
                                       tf.zeros(pruner.score_shape(weight), tf.float32), weight.variable, collections=())
                   for name, weight in pruner.weights.items()}
         first = next(iter(pruner.weights.values())).variable
-        return Sensors(scores, make_variable(SCOPE + "/batches", np.int64(0), first, collections=()))
+        return Sensors(scores, make_variable(SCOPE + "/batches", np.array(0, np.int64), first, collections=()))
 
 
 def add_to_step(pruner: Pruner, sensors: Optional[Sensors], window: int, decides: bool) -> Set[str]:
@@ -110,7 +110,7 @@ def _training_step(pruner: Pruner, updates: Dict[str, Update]) -> Any:
                            "optimizer")
     for name in pruner.weights:
         if name in updates and inside_control_flow(updates[name].op):
-            raise RuntimeError("the update of %r lies inside a cond or while_loop, where pruning cannot follow it" % name)
+            raise RuntimeError("the update of %r lies inside a cond or while_loop, where pruning cannot follow" % name)
     best: Any = (None, set())
     for op in pruner.graph.get_operations():
         if op.type in _COUNTS and ordered_variable(op.inputs[0]) == step.op.name:

@@ -75,7 +75,7 @@ def _cuts(trace: ChannelTrace, plan: ChannelPlan, nodes: Mapping[str, Any]) -> D
             cuts[op, 1] = _Cut(_kernel_axes(weight, plan.layers[weight.name]))
     for edge in trace.constants:
         if edge.op in nodes and edge.key in plan.vectors:
-            cuts[edge.op, edge.index] = _Cut({edge.axis: plan.vectors[edge.key]})
+            cuts[edge.op, edge.position] = _Cut({edge.axis: plan.vectors[edge.key]})
     return cuts
 
 

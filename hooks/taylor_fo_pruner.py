@@ -30,8 +30,8 @@ class TaylorFOChannelPruner(Pruner):
     """Prunes channels with all that belongs to them (Taylor-FO, Molchanov et al., arXiv 1906.10771).
 
     A channel is its filters in all layers whose outputs meet (residual adds, depthwise convolutions behind them), their
-    biases and norms, and the weights that read it. All of it is set to zero; an export takes it out. The ``sparsity`` is
-    that of the weights which are then gone.
+    biases and norms, and the weights that read it. All of it is set to zero; an export takes it out. The ``sparsity``
+    is that of the weights which are then gone.
 
     Args:
         sensitivity_npy_file: what ``SensitivityAnalyzer`` wrote.
