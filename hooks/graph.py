@@ -74,6 +74,19 @@ def _values(op: tf.Operation) -> List[tf.Tensor]:
     return list(op.inputs)[:1]
 
 
+def variable_device(tensor: tf.Tensor) -> str:
+    """The device of the nearest variable that ``tensor`` is computed from; its own if there is none."""
+    waiting, seen = [tensor.op], set()  # type: List[tf.Operation], Set[str]
+    while waiting:
+        op = waiting.pop(0)
+        if op.type in _VARIABLES:
+            return str(op.device)
+        if op.name not in seen:
+            seen.add(op.name)
+            waiting.extend(source.op for source in op.inputs)
+    return str(tensor.device)
+
+
 def ancestors(ops: Iterable[tf.Operation]) -> Set[str]:
     """Names of ``ops`` and of everything that their values are computed from."""
     seen: Set[str] = set()

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 from slimtrain.core import SMALLEST_SCALE, Grid
+from slimtrain.hooks.graph import variable_device
 
 #: graph collection of every variable that quantization added
 COLLECTION = "MNN_QAT_variables"
@@ -27,8 +28,11 @@ class Scale(NamedTuple):
 
 def make_variable(name: str, value: np.ndarray, beside: tf.Tensor, trainable: bool = False,
                   collections: Sequence[str] = (COLLECTION,)) -> Any:
-    """A variable of the state, on the device of ``beside``; ``collections`` come beside the global variables."""
-    with tf.device(beside.device), tf.control_dependencies(None):
+    """A variable of the state, on the device of the variable behind ``beside``.
+
+    It is in ``collections`` beside the global variables.
+    """
+    with tf.device(None), tf.device(variable_device(beside)), tf.control_dependencies(None):
         return tf.Variable(value, name=name, trainable=trainable,
                            collections=[tf.GraphKeys.GLOBAL_VARIABLES, *collections])
 
@@ -49,7 +53,7 @@ def started_scale(name: str, shape: List[int], beside: tf.Tensor, values: tf.Ten
     flag = make_variable(name + "_initialized", np.array(False), beside)
 
     def initialize() -> tf.Tensor:
-        first = tf.numpy_function(lambda array: start(array).astype(np.float32), [tf.stop_gradient(values)], tf.float32)
+        first = tf.numpy_function(_named(start, variable.op.name), [tf.stop_gradient(values)], tf.float32)
         with tf.control_dependencies([tf.assign(variable, tf.reshape(first, shape))]):
             with tf.control_dependencies([tf.assign(flag, True)]):
                 return tf.constant(True)
@@ -59,6 +63,16 @@ def started_scale(name: str, shape: List[int], beside: tf.Tensor, values: tf.Ten
     with tf.control_dependencies([done]):
         used = positive(variable.read_value())
     return Scale(used, positive(variable.read_value()), flag.read_value())
+
+
+def _named(start: Callable[[np.ndarray], np.ndarray], name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """``start`` whose errors say which scale they are about."""
+    def run(values: np.ndarray) -> np.ndarray:
+        try:
+            return start(values).astype(np.float32)
+        except ValueError as error:
+            raise ValueError("{} cannot start from the first values that it sees: {}".format(name, error)) from error
+    return run
 
 
 def positive(scale: tf.Tensor) -> tf.Tensor:

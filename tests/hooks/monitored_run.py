@@ -86,7 +86,7 @@ def work(options):
         x, train, step, hook = build(options.quantizer, options.folder, is_chief)
     with tf.train.MonitoredTrainingSession(
             server.target, is_chief=is_chief, checkpoint_dir=os.path.join(options.folder, "ckpt"), hooks=[hook],
-            save_checkpoint_steps=10, save_summaries_steps=None, save_summaries_secs=None,
+            max_wait_secs=100, save_checkpoint_steps=10, save_summaries_steps=None, save_summaries_secs=None,
             log_step_count_steps=None, config=tf.ConfigProto(device_filters=["/job:ps", here])) as session:
         for number in range(options.last // 2):
             session.run(train, {x: batch(1000 * options.worker + number)})
