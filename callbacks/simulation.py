@@ -116,7 +116,7 @@ class Simulation(Handler):
 
     def compute(self, call: Call, owner: Quantizer, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """Compute a layer from an input of ``owner`` and weights that lie on their grids."""
-        return call.function(x, weight, bias, *call.args[3:], **_options(call))  # type: ignore[no-any-return]
+        return call.function(x, weight, bias, *call.args[3:], **_options(call))
 
     def computed(self, layer: str, owner: Quantizer, result: Tensor, bias: Optional[Tensor]) -> None:
         """A layer computed ``result`` in training, from the input of ``owner``."""

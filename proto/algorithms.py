@@ -8,6 +8,7 @@ from typing import Dict, Sequence, Tuple
 from slimtrain.proto.checks import WIRE_BITS
 from slimtrain.proto.layers import AnyLayer, LayerParams, WeightOnlyParams
 from slimtrain.proto.schema import CompressionAlgo, Message, PruneParams, QuantizeParams
+from slimtrain.proto.winograd import units_attr
 
 
 class PruneType(Enum):
@@ -119,6 +120,9 @@ def _add_full(params: Message, layer: LayerParams, output_name: str) -> None:
         clamp_min=layer.output_grid.lower,
         clamp_max=layer.output_grid.upper,
     )
+    if layer.winograd is not None:
+        entry.wino_params.version = 0
+        entry.wino_params.units_attr.extend(units_attr(layer.winograd, layer.input_scale, layer.weight_scales))
 
 
 def _add_weight_only(params: Message, layer: WeightOnlyParams) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from slimtrain.core import Grid, PlannedCall
+from slimtrain.core import Grid, PlannedCall, WinogradScales
 from slimtrain.proto.layers import QuantMethod
 
 
@@ -29,6 +29,7 @@ class DeployedLayer(NamedTuple):
     output_grid: Grid
     weight_grid: Grid
     method: QuantMethod = QuantMethod.QAT
+    winograd: Optional[WinogradScales] = None  #: of a layer that is computed by Winograd's transforms
 
     @property
     def weight(self) -> np.ndarray:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Tuple, Union
+from typing import Optional, Tuple, Union
 
 import numpy as np
 
-from slimtrain.core import Grid
+from slimtrain.core import Grid, WinogradScales
 from slimtrain.proto.checks import check_clamps, check_scales, check_weight_only
 from slimtrain.proto.schema import LayerQuantizeParams
+from slimtrain.proto.winograd import check_winograd
 
 
 class QuantMethod(Enum):
@@ -43,10 +44,11 @@ class LayerParams:
         method: see ``QuantMethod``.
         op_name: name of the operator in the converted model, if known; helps to explain a layer that is not
             found.
+        winograd: how the transformed input and weights of a ``WINOGRAD_AWARE`` layer are quantized.
 
     Raises:
         ValueError: an empty name; a scale that is no finite, positive, normal float32; scales that are not
-            1-D; a grid that is empty or not inside int8.
+            1-D; a grid that is empty or not inside int8; ``winograd`` without its method or ill-shaped.
         TypeError: names, a grid or a method of another kind.
     """
 
@@ -60,6 +62,7 @@ class LayerParams:
     weight_grid: Grid
     method: QuantMethod = QuantMethod.QAT
     op_name: str = ""
+    winograd: Optional[WinogradScales] = None
 
     def __post_init__(self) -> None:
         _require_name(self.name)
@@ -74,6 +77,10 @@ class LayerParams:
             check_clamps(self.name, side, grid.lower, grid.upper)
         if not isinstance(self.method, QuantMethod):
             raise TypeError(f"layer {self.name!r}: method must be a QuantMethod, got {self.method!r}")
+        if self.winograd is not None:
+            if self.method is not QuantMethod.WINOGRAD_AWARE:
+                raise ValueError(f"layer {self.name!r}: Winograd scales need method WINOGRAD_AWARE, got {self.method}")
+            check_winograd(self.name, self.winograd, len(self.weight_scales))
 
 
 @dataclass(frozen=True)

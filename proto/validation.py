@@ -5,6 +5,7 @@ from __future__ import annotations
 from slimtrain.core import ParameterFileError
 from slimtrain.proto.checks import WIRE_BITS, check_clamps, check_scales, check_weight_only
 from slimtrain.proto.schema import CompressionAlgo, Message
+from slimtrain.proto.winograd import check_units_attr
 
 
 def check_pipeline(pipeline: Message) -> None:
@@ -81,6 +82,8 @@ def _check_layer(layer: Message) -> None:
     if layer.weight[0].asymmetric:
         raise ValueError(f"layer {name!r}: weights of a full int8 layer are symmetric, got asymmetric = true")
     channels = len(layer.weight[0].scales)
+    if layer.wino_params.units_attr:
+        check_units_attr(name, layer.wino_params.units_attr, channels)
     if layer.HasField("conv") and channels != layer.conv.output_channel:
         raise ValueError(
             f"layer {name!r}: expected one weight scale for each of {layer.conv.output_channel} output "
