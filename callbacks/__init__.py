@@ -20,6 +20,7 @@ from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
 from slimtrain.callbacks.oaq_callback import OAQQuantizerCallback
 from slimtrain.callbacks.oaq_quantizer import OAQQuantizer
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
+from slimtrain.callbacks.report_callback import CompressionReportCallback
 from slimtrain.callbacks.shrinking import load_channel_plan, load_shrunk, save_channel_plan, shrink
 from slimtrain.callbacks.simd_oc_callback import SIMDOCPrunerCallback
 from slimtrain.callbacks.simd_oc_pruner import SIMDOCPruner
@@ -33,6 +34,7 @@ from slimtrain.callbacks.weight_quantizer import WeightQuantizer
 from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallback
 
 __all__ = [
+    "CompressionReportCallback",
     "Deployed",
     "EMAQuantizer",
     "EMAQuantizerCallback",

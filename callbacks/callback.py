@@ -18,6 +18,9 @@ from slimtrain.callbacks.checkpoints import read_sidecar, remove_sidecar, write_
 from slimtrain.callbacks.lightning_bases import Callback
 from slimtrain.callbacks.model_view import is_compiled, submodule
 from slimtrain.callbacks.weight_decay import admit
+from slimtrain.core import ChosenSpectrum
+from slimtrain.proto import ConvertOptions
+from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,24 @@ class CompressionCallback(Callback):
 
     def checkpoint_saved(self, trainer: Any, path: str) -> None:
         """A checkpoint was written to ``path``; called on every rank."""
+
+    # -- what a report says
+
+    def progress(self) -> Dict[str, float]:
+        """Numbers that change in training, by name."""
+        return {}
+
+    def layer_notes(self) -> Dict[str, LayerNote]:
+        """What was done to each layer, by its name."""
+        return {}
+
+    def spectra(self) -> Dict[str, ChosenSpectrum]:
+        """Singular values of each layer, and how many were kept."""
+        return {}
+
+    def convert_options(self) -> ConvertOptions:
+        """What the model was converted with at the end of ``fit``."""
+        return ConvertOptions()
 
     # -- when
 
@@ -189,7 +210,8 @@ def _announce_checkpoints(trainer: Any) -> None:
     save, remove = trainer.save_checkpoint, trainer.strategy.remove_checkpoint
     if not hasattr(save, "__wrapped__"):
         @functools.wraps(save)
-        def announced(filepath: Any, weights_only: Optional[bool] = None, storage_options: Optional[Any] = None) -> None:
+        def announced(filepath: Any, weights_only: Optional[bool] = None,
+                      storage_options: Optional[Any] = None) -> None:
             save(filepath, weights_only, storage_options)
             _checkpoint_saved(trainer, os.fspath(filepath), bool(weights_only))
 

@@ -12,6 +12,7 @@ from slimtrain.callbacks.callback import CompressionCallback, example_from_batch
 from slimtrain.callbacks.exporting import Deployed, Exported
 from slimtrain.callbacks.operations import map_tensors
 from slimtrain.core import Coverage, LayerState
+from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ class Deployable(Protocol):
     def open_step(self) -> None:
         """A training step begins: what it runs outside any module belongs to the model itself."""
 
-    def close_step(self) -> None:
-        """A training step has run its forward; does nothing when none is open."""
+    def close_step(self, finished: bool = True) -> None:
+        """A training step has run its forward, or broke off; does nothing when none is open."""
 
     def coverage(self) -> Coverage:
         """Each parameterised layer and how it is deployed."""
@@ -102,6 +103,11 @@ class DeployingCallback(CompressionCallback):
     def load_compression_state(self, state: Mapping[str, Any]) -> None:
         self.quantizer.load_state_dict(state)
 
+    # -- what a report says
+
+    def layer_notes(self) -> Dict[str, LayerNote]:
+        return {row.name: LayerNote(0.0, row.reason) for row in self.quantizer.coverage().layers}
+
     # -- an example of the model's input
 
     def remember(self, example: Any) -> Any:
@@ -148,16 +154,16 @@ class DeployingCallback(CompressionCallback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._quantizer is not None:
-            self._close(pl_module)
+            self._close(pl_module, finished=False)
 
     def _open(self, pl_module: Any) -> None:
         self._close(pl_module)
         if self.quantizer.model is pl_module:
             self.quantizer.open_step()
 
-    def _close(self, pl_module: Any) -> None:
+    def _close(self, pl_module: Any, finished: bool = True) -> None:
         if self.quantizer.model is pl_module:
-            self.quantizer.close_step()
+            self.quantizer.close_step(finished)
 
     # -- files
 
@@ -173,6 +179,14 @@ class DeployingCallback(CompressionCallback):
     def deploy(self, stem: str, example_input: Any = None, **options: Any) -> Deployed:
         """Export, convert with MNN and compare with the simulation; see the quantizer's method."""
         return self.quantizer.deploy(stem, self._example_or(example_input), **options)
+
+    def example(self) -> Any:
+        """An input of the model, on its device.
+
+        Raises:
+            RuntimeError: none is known before training.
+        """
+        return self._example_or(None)
 
     def _example_or(self, given: Any) -> Any:
         array = getattr(self.quantizer.model, "example_input_array", None)

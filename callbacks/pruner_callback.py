@@ -16,6 +16,8 @@ from slimtrain.callbacks.operations import map_tensors
 from slimtrain.callbacks.pruner import Pruner
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
 from slimtrain.core import Moment, PruningSchedule, check_moment, is_before, schedule_between, step_of
+from slimtrain.proto import ConvertOptions
+from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +151,18 @@ class PrunerCallback(CompressionCallback):
         """Export and convert with MNN; see :func:`slimtrain.callbacks.deploy_pruned`."""
         return deploy_pruned(self.pruner, stem, self._example_or(example_input),
                              **{"weight_bits": self.weight_bits, **options})
+
+    def convert_options(self) -> ConvertOptions:
+        return ConvertOptions(weight_bits=self.weight_bits, sparse=True)
+
+    # -- what a report says
+
+    def progress(self) -> Dict[str, float]:
+        return {"sparsity": self._sparsity}
+
+    def layer_notes(self) -> Dict[str, LayerNote]:
+        return {row.name: LayerNote(row.ratio, row.reason or "pruned %.1f %%" % (100 * row.ratio))
+                for row in self.pruner.report()}
 
     # -- inside
 

@@ -204,7 +204,7 @@ class Quantizer:
             self.plan = plan = self._agree_on_signs(recorder.finish(outputs, self._tracker))
         self._choose_ranges()
         for name in self.unused_layers():
-            logger.warning("layer %r is not used by the model's forward and stays float", name)
+            logger.warning("the model's forward does not run %r as a layer: it stays float", name)
         return plan
 
     def run_quietly(self, batch: Any, handler: Handler) -> None:
@@ -252,9 +252,10 @@ class Quantizer:
         """A training step begins: what it runs outside any module belongs to the model itself."""
         self._tracker.open()
 
-    def close_step(self) -> None:
-        """A training step has run its forward; does nothing when none is open."""
-        self._tracker.close()
+    def close_step(self, finished: bool = True) -> None:
+        """A training step has run its forward, or broke off; does nothing when none is open."""
+        if self._tracker.close() and finished:
+            self._tracker.handler.end(self._tracker)
 
     # -- results
 
@@ -280,7 +281,7 @@ class Quantizer:
         rows = []
         for name, module in self.model.named_modules():
             if name in self.layers:
-                reason = "the model's forward does not use it" if name in unused else ""
+                reason = "the model's forward does not run it as a layer" if name in unused else ""
             elif name in self._choice.left_float:
                 reason = self._choice.left_float[name]
             else:

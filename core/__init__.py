@@ -17,6 +17,17 @@ from slimtrain.core.chain import (
 from slimtrain.core.channel_choice import ChannelChoice, choose_channels
 from slimtrain.core.channel_plan import ChannelPlan, LayerPlan, channel_plan, plan_keeps
 from slimtrain.core.channels import ChannelClasses, ChannelGraph, ChannelGroup, LayerChannels
+from slimtrain.core.compression_report import (
+    ChosenSpectrum,
+    CompressionReport,
+    Curve,
+    Histogram,
+    LayerRow,
+    histogram,
+    load_report,
+    save_report,
+    stored_bytes,
+)
 from slimtrain.core.coverage import Coverage, LayerCoverage, LayerState
 from slimtrain.core.decompose import (
     Analysis,
@@ -42,6 +53,7 @@ from slimtrain.core.grid import (
     round_half_away,
     weight_grid,
 )
+from slimtrain.core.history import History
 from slimtrain.core.layer_reports import ExpandedLine, FactorizedLayer, describe_factorized
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
@@ -120,10 +132,13 @@ __all__ = [
     "ChannelGraph",
     "ChannelGroup",
     "ChannelPlan",
+    "ChosenSpectrum",
+    "CompressionReport",
     "ConversionError",
     "Cost",
     "Coverage",
     "CoverageError",
+    "Curve",
     "EnergyRanks",
     "Equalized",
     "Evbmf",
@@ -134,6 +149,8 @@ __all__ = [
     "Factorization",
     "FactorizedLayer",
     "Grid",
+    "Histogram",
+    "History",
     "InputMoments",
     "IntegerConv",
     "Kernel",
@@ -142,6 +159,7 @@ __all__ = [
     "LayerChannels",
     "LayerCoverage",
     "LayerPlan",
+    "LayerRow",
     "LayerState",
     "Moment",
     "OVERALL",
@@ -204,12 +222,14 @@ __all__ = [
     "full_ranks",
     "global_keep",
     "has_small_groups",
+    "histogram",
     "identity_tap",
     "input_levels",
     "is_before",
     "largest_level",
     "layer_keep",
     "load_pipeline",
+    "load_report",
     "load_sensitivity",
     "lsq_gradient",
     "lsq_scale",
@@ -234,6 +254,7 @@ __all__ = [
     "round_half_away",
     "same_padding",
     "sample_stride",
+    "save_report",
     "save_sensitivity",
     "schedule_between",
     "select",
@@ -242,6 +263,7 @@ __all__ = [
     "sparsity_of",
     "sqnr_db",
     "step_of",
+    "stored_bytes",
     "stored_weight",
     "to_short",
     "to_yaml",

@@ -62,6 +62,24 @@ class Integer(Spec):
         return {"type": "integer", **bounds}
 
 
+class Number(Spec):
+    """A number from ``low`` to ``high``, both included."""
+
+    def __init__(self, low: float, high: float, doc: str, optional: bool = False) -> None:
+        super().__init__(doc, optional)
+        self.low, self.high = low, high
+
+    def check(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError("must be a number from %g to %g, got %r" % (self.low, self.high, value))
+        if not self.low <= value <= self.high:
+            raise ValueError("must be a number from %g to %g, got %r" % (self.low, self.high, value))
+        return float(value)
+
+    def schema(self) -> Dict[str, Any]:
+        return {"type": "number", "minimum": self.low, "maximum": self.high}
+
+
 class Fraction(Spec):
     """A number from 0 to 1; ``zero`` and ``one`` say whether the ends are included."""
 

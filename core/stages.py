@@ -16,6 +16,7 @@ from slimtrain.core.fields import (
     Integer,
     LayerBits,
     Names,
+    Number,
     Text,
     When,
     check_fields,
@@ -194,6 +195,9 @@ class QuantizeWAQ(Quantize):
 
     ALGORITHM = "waq"
     OBJECT = "WAQQuantizer"
+
+    min_sqnr_db: float = declare(
+        25.0, Number(0.0, 300.0, "how near a transformed layer must be to plain int8 before training, in dB"))
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,19 @@ import click
 from rich.console import Console
 from rich.status import Status
 
-from slimtrain.core import CoverageError, SlimtrainError
+from slimtrain.core import CoverageError, SlimtrainError, load_report
 from slimtrain.proto import report
 from slimtrain.proto.arrays import load_inputs, load_simulation
 from slimtrain.proto.cli_config import config
+from slimtrain.proto.cli_offline import import_qdq_command, quantize_command
 from slimtrain.proto.converter import convert
 from slimtrain.proto.doctor import doctor
 from slimtrain.proto.mnnfile import inspect_model
 from slimtrain.proto.options import ConvertOptions
 from slimtrain.proto.params import params_to_json, read_params
 from slimtrain.proto.printing import BAD_FILE, CHECK_FAILED, fail, print_json, print_table
+from slimtrain.proto.report_page import write_page
+from slimtrain.proto.report_table import report_table
 from slimtrain.proto.verification import Verification, verify
 from slimtrain.proto.version import VERSION
 
@@ -158,7 +161,21 @@ def _verify(model: str, reference: str, inputs: Optional[str]) -> Verification:
         fail(error, BAD_FILE)
 
 
-for _command in (config, doctor):
+@cli.command("report", epilog=_EXIT_STATUS)
+@click.argument("file", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="Write a page (.html) with pictures instead of a table.")
+def report_command(file: str, output: Optional[str]) -> None:
+    """Show FILE, a compression_report.json that was written at the end of training."""
+    loaded = load_report(file)
+    if output is None:
+        print_table(report_table(loaded))
+        return
+    with _spinner(f"drawing {file}"):
+        write_page(output, loaded)
+    click.echo(output)
+
+
+for _command in (config, doctor, quantize_command, import_qdq_command):
     cli.add_command(_command)
 
 

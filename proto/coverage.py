@@ -82,6 +82,12 @@ def compare(pipeline: Optional[Message], model: MnnModel) -> Comparison:
     )
 
 
+def layer_names(pipeline: Message, model: MnnModel) -> Dict[str, str]:
+    """What the parameters call the layers of a model, by the names of the tensors that these write."""
+    found = [(item.name, _find(item, model)) for item in wanted_layers(pipeline)]
+    return {layer.tensor: name for name, layer in found if layer is not None}
+
+
 def misfits(pipeline: Message, model: MnnModel) -> Tuple[str, ...]:
     """One line per full int8 layer with another number of weight scales than of output channels.
 

@@ -10,7 +10,13 @@ import torch
 
 from mnn_weights import decode
 from nets import Lit, loader, trainer
-from slimtrain.callbacks import LSQQuantizerCallback, SIMDOCPrunerCallback, WeightQuantizerCallback, from_config
+from slimtrain.callbacks import (
+    CompressionReportCallback,
+    LSQQuantizerCallback,
+    SIMDOCPrunerCallback,
+    WeightQuantizerCallback,
+    from_config,
+)
 from slimtrain.callbacks.configuration import _CALLBACKS
 from slimtrain.core import Kind, PipelineError, load_pipeline
 from slimtrain.core.stages import STAGES
@@ -36,7 +42,8 @@ def test_a_stage_has_the_arguments_and_defaults_of_its_callback(stage):
     ("prune:simd_oc,sparsity=0.25;quantize:lsq", [SIMDOCPrunerCallback, LSQQuantizerCallback]),
     (load_pipeline("quantize:weight,bits=4"), [WeightQuantizerCallback])])
 def test_stages_become_callbacks_in_their_order(config, classes):
-    assert [type(callback) for callback in from_config(config)] == classes
+    assert [type(callback) for callback in from_config(config)] == [*classes, CompressionReportCallback]
+    assert [type(callback) for callback in from_config(config, report=False)] == classes
 
 
 def test_checkpoints_are_exported_by_quantizers_only():
@@ -53,12 +60,14 @@ def test_prune_then_quantize_from_one_file(tmp_path):
                     "  sensitivity_steps: 1\n  end: 1 epoch\n- quantize: lsq\n- export: %s\n" % (tmp_path / "model"),
                     encoding="utf-8")
     torch.manual_seed(0)
-    pruner, quantizer = from_config(path)
-    trainer(tmp_path, pruner, quantizer, max_epochs=2).fit(Lit(), loader())
+    pruner, quantizer, report = from_config(path)
+    trainer(tmp_path, pruner, quantizer, report, max_epochs=2).fit(Lit(), loader())
     assert pruner.pruner.schedule.last_step == 4  # of 8
     deployed = quantizer.deployed
     assert deployed.sqnr_db >= 100 and deployed.coverage.fraction == 1.0
     assert deployed.mnn == str(tmp_path / "model.mnn")
+    assert {file.name for file in tmp_path.iterdir()} >= {
+        "model.onnx", "model.compress_params.bin", "compression_report.json", "compression_report.html"}
     zeros = sum(int((layer.levels == 0).sum()) for layer in decode(deployed.mnn).values())
     pruned = sum(int((~keep).sum()) for keep in pruner.pruner._numpy_keeps().values())
     assert 0 < pruned <= zeros

@@ -22,11 +22,15 @@ ONNX_MODULES = {path.name for path in MODULES if path.name.startswith("onnx_")}
 EXTRA = {
     **{name: {"onnx"} for name in ONNX_MODULES},
     "onnx_check.py": {"onnx", "onnxruntime"},
+    "calibration_data.py": {"PIL"},
+    "cli_offline.py": {"click", "rich"},
     "cli.py": {"click", "rich"},
     "cli_config.py": {"click", "rich"},
     "doctor.py": {"click", "rich", "importlib_metadata", "importlib.metadata"},
     "printing.py": {"click", "rich"},
     "report.py": {"rich"},
+    "report_page.py": {"jinja2", "matplotlib"},
+    "report_table.py": {"rich"},
     "verification.py": {"onnxruntime"},
     "_runner.py": {"MNN"},
 }
@@ -41,6 +45,8 @@ HEAVY = {
     "rich",
     "click",
     "scipy",
+    "jinja2",
+    "matplotlib",
 }
 
 

@@ -1,0 +1,85 @@
+"""What quantization does to each layer of a model, on an example: ranges and what they cut, and the error it makes."""
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Dict, Iterator, List, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimtrain.callbacks.model_view import evaluation, unnoticed
+from slimtrain.callbacks.qat_quantizer import QATQuantizer
+from slimtrain.callbacks.quantizer import arguments
+from slimtrain.core import Histogram, histogram, sqnr_db
+
+
+class LayerStatistics(NamedTuple):
+    """Numbers by layer name."""
+
+    weights: Dict[str, Histogram]
+    inputs: Dict[str, Histogram]     #: of each layer's input in the float model
+    sqnr_db: Dict[str, float]        #: each layer's output in the simulation against the float model
+
+
+def layer_statistics(quantizer: QATQuantizer, example: Any) -> LayerStatistics:
+    """Run the float model and the simulation on an example, and compare them layer by layer.
+
+    Args:
+        quantizer: trained or calibrated; the model is left as it was.
+        example: a tensor, a tuple of positional or a dict of keyword arguments.
+    """
+    present = quantizer.is_attached
+    quantizer.detach()
+    plain = _run(quantizer, example)
+    quantizer.attach()
+    simulated = _run(quantizer, example)
+    if not present:
+        quantizer.detach()
+    weights, inputs = {}, {}
+    for layer in quantizer.deployed_layers():
+        largest = float(np.max(layer.weight_scales / np.abs(layer.factor).clip(1e-30)))
+        grid = quantizer.scales[layer.name].weight_grid
+        weights[layer.name] = histogram(layer.weight, largest * grid.lower, largest * grid.upper)
+        if layer.name in plain.inputs:
+            scale, levels = layer.input_scale, layer.input_grid
+            inputs[layer.name] = histogram(plain.inputs[layer.name], scale * levels.lower, scale * levels.upper)
+    errors = {name: sqnr_db(output, simulated.outputs[name]) for name, output in plain.outputs.items()
+              if name in simulated.outputs and output.shape == simulated.outputs[name].shape}
+    return LayerStatistics(weights, inputs, errors)
+
+
+class _Seen(NamedTuple):
+    inputs: Dict[str, np.ndarray]
+    outputs: Dict[str, np.ndarray]
+
+
+def _run(quantizer: QATQuantizer, example: Any) -> _Seen:
+    args, kwargs = arguments(example)
+    seen = _Seen({}, {})
+    # with gradients the simulation computes layer by layer; without, as the device does, with everything fused
+    with unnoticed(quantizer.model), evaluation(quantizer.model), torch.enable_grad(), _watching(quantizer, seen):
+        quantizer.model(*args, **kwargs)
+    return seen
+
+
+@contextlib.contextmanager
+def _watching(quantizer: QATQuantizer, seen: _Seen) -> Iterator[None]:
+    handles: List[Any] = []
+    for name, layer in quantizer.layers.items():
+        def look(_: nn.Module, given: Any, output: Any, name: str = name) -> None:
+            if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
+                seen.inputs[name], seen.outputs[name] = _unseen(given[0]), _unseen(output)
+        handles.append(layer.register_forward_hook(look))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _unseen(value: Tensor) -> np.ndarray:
+    """The numbers of a tensor, read without the simulation noticing a reader."""
+    with torch._C.DisableTorchFunction():  # torch has no public way to step out of a function mode
+        copy: np.ndarray = value.detach().float().cpu().numpy().copy()
+        return copy
