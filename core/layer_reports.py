@@ -1,4 +1,4 @@
-"""What became of each layer of a network that was decomposed or expanded: the lines of a report, for every framework."""
+"""What became of each layer of a network that was decomposed or expanded: the lines of a report."""
 
 from __future__ import annotations
 

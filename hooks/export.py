@@ -8,14 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from typing import Any, Dict, List, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
+import numpy as np
 import tensorflow.compat.v1 as tf
 
 from slimtrain.core import ConversionError, replace_all
 from slimtrain.hooks.batch_norm import FUSED
+from slimtrain.hooks.compositions import merge_in_copy
 from slimtrain.hooks.deployment import DeployedLayer, deployed_scope
-from slimtrain.hooks.graph import find_tensor, is_random
+from slimtrain.hooks.graph import Edge, connect, find_tensor, is_random
 from slimtrain.hooks.operations import Network
 from slimtrain.hooks.rewriting import (
     Replacements,
@@ -48,14 +50,22 @@ def export_model(stem: str, session: tf.Session, clean: Any, rewriting: Rewritin
         ConversionError: a part of the graph has no inference form.
     """
     frozen = inference_graph(session, clean, rewriting, output_names)
+    params = params_bytes([quantize_algorithm([layer.params for layer in rewriting.deployed])]
+                          + contributed(session.graph, session))
+    replace_all([(stem + ".pb", frozen.SerializeToString(deterministic=True)),
+                 (stem + ".compress_params.bin", params)])
+
+
+def params_bytes(algorithms: Sequence[Any]) -> bytes:
+    """What MNN's parameter file holds for several ``CompressionAlgo``; nothing for none."""
+    if not algorithms:
+        return b""
     with tempfile.TemporaryDirectory(prefix="slimtrain-") as folder:
-        params = os.path.join(folder, "params.bin")
-        write_params_file(params, rewriting.deployed, append=False)
-        for algorithm in contributed(session.graph, session):
-            save_algorithm(params, algorithm, append=True)
-        with open(params, "rb") as file:
-            replace_all([(stem + ".pb", frozen.SerializeToString(deterministic=True)),
-                         (stem + ".compress_params.bin", file.read())])
+        path = os.path.join(folder, "params.bin")
+        for index, algorithm in enumerate(algorithms):
+            save_algorithm(path, algorithm, append=index > 0)
+        with open(path, "rb") as file:
+            return file.read()
 
 
 def write_params_file(filename: str, deployed: Sequence[DeployedLayer], append: bool) -> None:
@@ -71,9 +81,22 @@ def inference_graph(session: tf.Session, clean: Any, rewriting: Rewriting, outpu
     return _frozen(session, copy, rewriting, replacements, output_names)
 
 
-def float_graph(session: tf.Session, clean: Any, network: Network, output_names: Sequence[str]) -> Any:
-    """The frozen GraphDef that computes the network at inference, with its weights as they are."""
+def float_graph(session: tf.Session, clean: Any, network: Network, output_names: Sequence[str],
+                kernels: Optional[Mapping[str, np.ndarray]] = None) -> Any:
+    """The frozen GraphDef that computes the network at inference, with its weights as they are.
+
+    Args:
+        session: holds the trained variables.
+        clean: GraphDef of the network as the user built it.
+        network: the network in it.
+        output_names: what leaves it.
+        kernels: by layer, what its operation shall read in the place of its weight.
+    """
     copy, replacements = inference_copy(clean, network)
+    with copy.as_default(), tf.control_dependencies(None):
+        for name, kernel in (kernels or {}).items():
+            constant = tf.constant(kernel, name="slimtrain_kernels/" + name)
+            connect([Edge(copy.get_operation_by_name(name), 1)], constant)
     return _frozen(session, copy, Rewriting(network, (), ()), replacements, output_names)
 
 
@@ -81,7 +104,8 @@ def _frozen(session: tf.Session, copy: tf.Graph, rewriting: Rewriting, replaceme
             output_names: Sequence[str]) -> Any:
     outputs = [find_tensor(copy, name).op.name for name in output_names]
     redirect(copy, {**replacements, **without_dropout(copy, rewriting.network)})
-    graph_def = _with_old_names(copy.as_graph_def(), _renames(replacements, rewriting.deployed))
+    renames = merge_in_copy(copy, session)
+    graph_def = _with_old_names(copy.as_graph_def(), {**renames, **_renames(replacements, rewriting.deployed)})
     frozen = tf.graph_util.convert_variables_to_constants(session, graph_def, outputs)
     frozen = tf.graph_util.remove_training_nodes(frozen, protected_nodes=outputs)
     _check_inference(frozen)
@@ -94,6 +118,7 @@ def inference_copy(clean: Any, network: Network) -> Tuple[tf.Graph, Replacements
     with copy.as_default():
         tf.import_graph_def(clean, name="")
     replacements = add_inference_norms(copy, [norm for norm in network.norms.values() if norm.training])
+    replacements.update((name, copy.get_tensor_by_name(average.name)) for name, average in network.statistics.items())
     replacements.update(_placeholders(copy, network.within))
     for name, tensor in _test_branches(copy, network.within).items():
         replacements.setdefault(name, tensor)

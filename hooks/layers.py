@@ -7,6 +7,7 @@ from typing import Dict, NamedTuple, Optional, Set
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+from slimtrain.hooks.compositions import is_merged, replaced_layers
 from slimtrain.hooks.graph import inside_control_flow, only_reader, variables_behind
 
 
@@ -59,6 +60,7 @@ def find_layers(graph: tf.Graph, within: Set[str], fixed: Set[str], outputs: Set
     """
     types = {kind.value: kind for kind in LayerKind}
     found = {}
+    within = within - replaced_layers(graph)
     for op in graph.get_operations():
         if op.type in types and op.name in within and op.inputs[1].name in fixed and op.inputs[0].name not in fixed:
             found[op.name] = _layer(op, types[op.type], within, fixed, outputs)
@@ -90,7 +92,7 @@ def _why_float(op: tf.Operation, kind: LayerKind, kernel: tf.Tensor) -> str:
     """Why an operation must stay float; empty when it need not."""
     if inside_control_flow(op):
         return "it lies inside a cond or while_loop, which MNN does not quantize"
-    if not variables_behind(kernel):
+    if not variables_behind(kernel) and not is_merged(op.graph, kernel):
         return "its weight is no variable"
     if kernel.dtype.base_dtype != tf.float32:
         return "its weight is {}, not float32".format(kernel.dtype.base_dtype.name)

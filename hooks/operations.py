@@ -6,7 +6,8 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tu
 import tensorflow.compat.v1 as tf
 
 from slimtrain.core import Op, OpKind
-from slimtrain.hooks.batch_norm import BatchNorm, find_batch_norms
+from slimtrain.hooks.batch_norm import BatchNorm, find_batch_norms, find_batch_statistics
+from slimtrain.hooks.compositions import replaced_layers
 from slimtrain.hooks.dropout import find_dropouts
 from slimtrain.hooks.graph import ancestors, constant_tensors, find_tensor, float_inputs
 from slimtrain.hooks.layers import Layer, find_layers
@@ -36,6 +37,7 @@ class Network(NamedTuple):
     within: Set[str]                  #: names of all operations of the network
     fixed: Set[str]                   #: names of the tensors that depend on variables and constants alone
     outputs: Tuple[str, ...]          #: names of the tensors that are known to leave it
+    statistics: Dict[str, tf.Tensor]  #: name of a statistic of the batch -> moving average to read at inference
 
 
 def read_network(graph: tf.Graph, output_names: Optional[Sequence[str]]) -> Network:
@@ -49,13 +51,13 @@ def read_network(graph: tf.Graph, output_names: Optional[Sequence[str]]) -> Netw
         ValueError: an output that does not exist.
     """
     outputs = [find_tensor(graph, name) for name in output_names or ()]
-    within = ancestors([tensor.op for tensor in outputs]) if outputs else _all_but_watchers(graph)
+    within = ancestors([tensor.op for tensor in outputs]) if outputs else forward_names(graph)
     names = {tensor.name for tensor in outputs}
     fixed = constant_tensors(graph)
     norms = find_batch_norms(graph)
     dropouts = {name: drop.source for name, drop in find_dropouts(graph, fixed).items() if drop.op in within}
     layers = find_layers(graph, within, fixed, names)
-    return Network(layers, norms, dropouts, within, fixed, tuple(sorted(names)))
+    return Network(layers, norms, dropouts, within, fixed, tuple(sorted(names)), find_batch_statistics(graph))
 
 
 def leaves(ops: Sequence[Op]) -> List[str]:
@@ -64,8 +66,10 @@ def leaves(ops: Sequence[Op]) -> List[str]:
     return [op.output for op in ops if op.output not in read]
 
 
-def _all_but_watchers(graph: tf.Graph) -> Set[str]:
-    return {op.name for op in graph.get_operations() if not any(word in op.type for word in _WATCHERS)}
+def forward_names(graph: tf.Graph) -> Set[str]:
+    """Names of all operations but those that only watch, and those whose work others have taken over."""
+    working = {op.name for op in graph.get_operations() if not any(word in op.type for word in _WATCHERS)}
+    return working - replaced_layers(graph)
 
 
 def translate(graph: tf.Graph, network: Network, quantized: Iterable[Layer]) -> List[Op]:

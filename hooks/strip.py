@@ -11,7 +11,7 @@ from typing import Any, List, Optional, Sequence
 
 import tensorflow.compat.v1 as tf
 
-from slimtrain.hooks.insertion import SUMS, can_change_result, is_ours, pass_through, strip
+from slimtrain.hooks.insertion import SUMS, can_change_result, is_inserted, is_ours, pass_through, strip
 from slimtrain.hooks.rewriting import Rewriting, add_layers, add_poolings, redirect
 from slimtrain.hooks.state import COLLECTION
 
@@ -33,6 +33,11 @@ def get_qat_state_placeholder(graph: Optional[tf.Graph] = None) -> tf.Tensor:
         return graph.get_tensor_by_name(STATE_PLACEHOLDER + ":0")
     except KeyError as error:
         raise ValueError("the graph has no quantizer: construct one, or import the graph of a quantized run") from error
+
+
+def is_quantized(graph: tf.Graph) -> bool:
+    """Whether a quantizer has edited ``graph``."""
+    return any(op.name == STATE_PLACEHOLDER or is_inserted(op.name) for op in graph.get_operations())
 
 
 def MNN_QAT_variables() -> List[Any]:  # noqa: N802 - the name of the seed's interface

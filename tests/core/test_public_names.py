@@ -15,8 +15,6 @@ ONE_SIDED = {
     "OAQQuantizer": "issue 6 brings it to PyTorch",
     "WAQQuantizer": "issue 6; the seed has it for PyTorch",
     "WeightQuantizer": "issue 6 brings it to TensorFlow",
-    "LOP": "issue 5 brings it to TensorFlow",
-    "LowRankDecomposition": "issue 5 brings it to TensorFlow",
 }
 
 #: functions of the seed's interface that only make sense in one framework
@@ -25,6 +23,8 @@ FRAMEWORK_ONLY = {
     "get_qat_state_placeholder": "placeholders exist in TensorFlow only; modules know train() and eval()",
     "strip_MNN_QAT_ops": "strips a graph that was read from a file; PyTorch's object is always there",
     "SensitivityAnalyzer": "TensorFlow's objects read sensitivities from a file; PyTorch's see gradients themselves",
+    "get_op_weight_values": "the values of a graph are in a session, those of a module in itself",
+    "merged_weights": "the values of a graph are in a session; restore_dense and linear_merge_layers change a module",
     "helpers": "operations have names in TensorFlow; modules are named by named_modules()",
 }
 
@@ -36,6 +36,7 @@ ARGUMENTS = {
     "skip_quant_flag": "the seed's argument for TensorFlow; PyTorch takes patterns in skip_quant_layers",
     "mode": "offline calibration is the seed's argument for PyTorch",
     "output_names": "a graph also holds the loss; a module is called for its outputs",
+    "weight_npy_file": "the values of a graph are in a session, those of a module in itself",
     "sensitivity_npy_file": "the seed's objects for TensorFlow do not see gradients",
     "sensitivity_steps": "TensorFlow's objects read a file of sensitivities; hooks measure as callbacks do",
     "prune_ratio_result_file": "an argument of do_pruning, and of the callbacks as result_file, in PyTorch",
@@ -48,6 +49,8 @@ LOOP_ARGUMENTS = {
     "export_dir": "hooks export beside a checkpoint folder", "export_to": "callbacks export to a stem",
     "export_checkpoints": "hooks always do: TensorFlow's saver keeps the count small",
     "init_checkpoint": "Lightning loads weights before fit", "is_chief": "Lightning knows its own rank",
+    "start_from": "hooks take trained weights as weight_npy_file, which may be a checkpoint",
+    "checkpoint_dir": "Lightning hands the checkpoint that a run goes on from to its callbacks; sessions do not",
     "result_file": "hooks have the seed's prune_ratio_result_file",
     "train_steps": "a Trainer knows how long it will train; a session does not",
     "weight_bits": "callbacks also convert; slimtrain convert --sparse does it for hooks",

@@ -1,0 +1,300 @@
+"""A layer of a graph trained as a chain of wider ones, and the one layer that this chain equals.
+
+The kernel becomes the product of a 1x1, a k x k and a 1x1 kernel with ``rate`` times the channels in between (Guo et
+al., "ExpandNets", arXiv 1811.10495), with batch normalization in between and the layer's own input added on request.
+Once the statistics are fixed, all of that is linear, so the layer's own operation computes it with the merged kernel.
+It does so in training too where nothing is normalized. Where something is, training has a path of its own.
+
+The first normalization only scales, because the second takes out every constant; so its scale can be put into the
+kernel, and the variances it needs follow from the covariance of the narrow input. Nothing has a bias before the
+padding, which one layer could not imitate.
+"""
+from __future__ import annotations
+
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+
+import tensorflow.compat.v1 as tf
+
+from slimtrain.core import identity_tap
+from slimtrain.hooks.compositions import Composition, remember, replace_variable
+from slimtrain.hooks.graph import Edge, connect, edges_from, variables_behind
+from slimtrain.hooks.layers import LayerKind
+from slimtrain.hooks.own_weights import OwnWeight, make_part
+
+#: scope of all operations of expanded layers
+SCOPE = "LOP"
+_EPS = 1e-5
+_MOMENTUM = 0.1
+
+
+class Expansion(NamedTuple):
+    """How layers are expanded."""
+
+    rate: int             #: channels in between over channels of the layer
+    batchnorm: bool       #: normalize in between
+    bypass: bool          #: add the input to the output where they have one shape
+    keep_weights: bool    #: equal the layer in evaluation; otherwise start at random
+
+
+class Statistics(NamedTuple):
+    """Of the two normalizations: variances [rI], [rO] and mean [rO]."""
+
+    first_var: tf.Tensor
+    middle_mean: tf.Tensor
+    middle_var: tf.Tensor
+
+
+class Parts(NamedTuple):
+    """Variables of an expanded layer; without batch normalization the last five are None."""
+
+    first: Any          #: [I, rI]
+    middle: Any         #: [h, w, rI, rO] or [rI, rO]
+    last: Any           #: [rO, O]
+    first_gain: Any     #: [rI]
+    middle_gain: Any    #: [rO]
+    first_var: Any
+    middle_mean: Any
+    middle_var: Any
+
+    def running(self) -> Optional[Statistics]:
+        """The averages of the statistics, as they are now."""
+        if self.first_var is None:
+            return None
+        return Statistics(*(variable.read_value() for variable in (self.first_var, self.middle_mean, self.middle_var)))
+
+    def ends(self, statistics: Optional[Statistics]) -> Tuple[tf.Tensor, tf.Tensor]:
+        """``first`` and ``last`` with the scales of the normalizations that follow and precede them."""
+        first, last = self.first.read_value(), self.last.read_value()
+        if statistics is None:
+            return first, last
+        scales = [gain.read_value() * tf.rsqrt(var + _EPS) for gain, var in (
+            (self.first_gain, statistics.first_var), (self.middle_gain, statistics.middle_var))]
+        return first * scales[0], last * scales[1][:, None]
+
+
+def expand_layer(own: OwnWeight, how: Expansion, training: Optional[tf.Tensor]) -> Tuple[List[Any], bool]:
+    """Make a layer an expanded one.
+
+    Args:
+        own: the layer.
+        how: it is expanded.
+        training: 1.0 where the statistics are those of the batch, 0.0 where they are the averages; None for a graph
+            that only knows the averages.
+
+    Returns:
+        the variables, and whether the layer has a bypass.
+
+    Raises:
+        RuntimeError: the layer was expanded before.
+    """
+    graph, op = own.layer.op.graph, own.layer.op
+    tap = tap_of(own) if how.bypass else None
+    with graph.as_default(), tf.control_dependencies(None), tf.name_scope(None):
+        parts = _make_parts(own, how, tap)
+        variables = [part for part in parts if part is not None]
+        with tf.device(own.variable.device), tf.name_scope("{}/{}/".format(SCOPE, op.name)):
+            statistics = parts.running()
+            kernel = tf.identity(own.as_variable(_merged(own, parts, statistics, tap)), name="kernel")
+            kernel.set_shape(own.variable.shape)
+        made = Composition(op.name, own.variable.op.name, kernel.name, [], "")
+        if statistics is not None:
+            with tf.device(op.device), tf.name_scope("{}/{}/".format(SCOPE, op.name)):
+                made = _normalize(own, parts, statistics, tap, training, made)
+        trained = [part for part in parts[:5] if part is not None]
+        replace_variable(own.variable, kernel, trained)
+        for part in variables[len(trained):]:
+            graph.add_to_collection(tf.GraphKeys.GLOBAL_VARIABLES, part)
+    remember(graph, made)
+    return variables, tap is not None
+
+
+def bias_edge(own: OwnWeight) -> Optional[Edge]:
+    """Where the layer's bias is read."""
+    layer = own.layer
+    if layer.bias is None:
+        return None
+    reader = layer.linear.op
+    return Edge(reader, next(i for i, source in enumerate(reader.inputs) if source.name == layer.bias.name))
+
+
+def tap_of(own: OwnWeight) -> Optional[Tuple[int, ...]]:
+    """The position of the kernel that passes the input through; None where output and input differ in shape."""
+    inputs, outputs = _channels(own)
+    if inputs != outputs:
+        return None
+    if own.layer.kind is LayerKind.MATMUL:
+        return ()
+    return identity_tap(tuple(own.shape[:2]), own.stride, _padding(own), own.dilation)
+
+
+def _padding(own: OwnWeight) -> List[Tuple[int, int]]:
+    """Before and after each axis, for strides of 1."""
+    op = own.layer.op
+    if op.get_attr("padding") == b"EXPLICIT":
+        amounts = op.get_attr("explicit_paddings")
+        return [(int(amounts[2 * axis]), int(amounts[2 * axis + 1])) for axis in own.spatial]
+    if op.get_attr("padding") == b"VALID":
+        return [(0, 0), (0, 0)]
+    totals = [spacing * (extent - 1) for spacing, extent in zip(own.dilation, own.shape)]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+def _channels(own: OwnWeight) -> Tuple[int, int]:
+    first, second = own.shape[-2:]
+    return (second, first) if own.transposed else (first, second)
+
+
+def _make_parts(own: OwnWeight, how: Expansion, tap: Optional[Sequence[int]]) -> Parts:
+    inputs, outputs = _channels(own)
+    inner, outer, extents = how.rate * inputs, how.rate * outputs, own.shape[:-2]
+    trained = any(item is own.variable for item in own.variable.graph.get_collection(
+        tf.GraphKeys.TRAINABLE_VARIABLES))
+    uniform = tf.variance_scaling_initializer(1 / 3, "fan_in", "uniform")
+    with tf.device(own.variable.device), tf.name_scope("{}/{}/initial/".format(SCOPE, own.layer.op.name)):
+        starts = [uniform(shape, tf.float32) for shape in (
+            [inputs, inner], extents + [inner, outer], [outer, outputs])]
+    first, last = make_part(own, "first", starts[0], trained), make_part(own, "last", starts[2], trained)
+    if how.keep_weights:
+        with tf.device(own.variable.device), tf.name_scope("{}/{}/initial/".format(SCOPE, own.layer.op.name)):
+            starts[1] = _keeping(own, first, starts[1], last, tap)
+    middle = make_part(own, "middle", starts[1], trained)
+    if not how.batchnorm:
+        return Parts(first, middle, last, None, None, None, None, None)
+    ones = {"first": tf.ones([inner]), "middle": tf.ones([outer])}
+    gains = [make_part(own, name + "_gain", value, trained) for name, value in ones.items()]
+    averages = [make_part(own, name, value, False) for name, value in (
+        ("first_var", ones["first"] - _EPS), ("middle_mean", tf.zeros([outer])), ("middle_var", ones["middle"] - _EPS))]
+    return Parts(first, middle, last, gains[0], gains[1], averages[0], averages[1], averages[2])
+
+
+def _keeping(own: OwnWeight, first: Any, middle: tf.Tensor, last: Any, tap: Optional[Sequence[int]]) -> tf.Tensor:
+    """The start of ``middle`` with which the layer keeps its weights: a random one, and the smallest change of it.
+
+    The new scales are ones at the start. Whoever initializes ``middle`` initializes the other two with it.
+    """
+    with tf.control_dependencies([first.initializer, last.initializer]):
+        before, after = (tf.cast(tf.identity(part.read_value()), tf.float64) for part in (first, last))
+    start = tf.cast(middle, tf.float64)
+    target = tf.cast(own.as_kernel(own.variable.initial_value), tf.float64)
+    target = tf.transpose(target) if own.transposed else target
+    missing = target - _with_tap(_chain(before, start, after), tap)
+    left = tf.matmul(before, tf.linalg.inv(tf.matmul(before, before, transpose_b=True)), transpose_a=True)
+    right = tf.matmul(tf.linalg.inv(tf.matmul(after, after, transpose_a=True)), after, transpose_b=True)
+    return tf.cast(start + _chain(left, missing, right), tf.float32)
+
+
+def _chain(first: tf.Tensor, middle: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+    """first [i, s] times middle [..., s, r] times last [r, o]: [..., i, o]."""
+    rank = middle.shape.rank
+    product = tf.tensordot(middle, last, [[rank - 1], [0]])
+    product = tf.tensordot(first, product, [[1], [rank - 2]])
+    return tf.transpose(product, list(range(1, rank - 1)) + [0, rank - 1])
+
+
+def _with_tap(kernel: tf.Tensor, tap: Optional[Sequence[int]]) -> tf.Tensor:
+    if tap is None:
+        return kernel
+    shape = kernel.shape.as_list()
+    eye = tf.reshape(tf.eye(shape[-1], dtype=kernel.dtype), [1] * len(tap) + shape[-2:])
+    around = [[place, extent - 1 - place] for place, extent in zip(tap, shape)]
+    return kernel + tf.pad(eye, around + [[0, 0], [0, 0]])
+
+
+def _merged(own: OwnWeight, parts: Parts, statistics: Optional[Statistics], tap: Optional[Sequence[int]]) -> tf.Tensor:
+    """The kernel that the layer equals with these statistics, as it reads it."""
+    first, last = parts.ends(statistics)
+    kernel = _with_tap(_chain(first, parts.middle.read_value(), last), tap)
+    return tf.transpose(kernel) if own.transposed else kernel
+
+
+def _normalize(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional[Sequence[int]],
+               training: Optional[tf.Tensor], made: Composition) -> Composition:
+    """The training path, which readers of the layer move to, and the bias that belongs to each form."""
+    layer, edge = own.layer, bias_edge(own)
+    if edge is not None:
+        made = made._replace(bias_variable=variables_behind(layer.bias)[0], merged_bias=_bias(
+            own, parts, averages, "merged_bias").name)
+    statistics = averages
+    if training is not None:
+        readers = edges_from(layer.op.outputs[0])
+        result, statistics = _train(own, parts, averages, tap, training)
+        connect(readers, result)
+        made = made._replace(result=result.name)
+    if edge is not None:
+        bias = _bias(own, parts, statistics, "bias")
+        connect([edge], bias)
+        made = made._replace(bias=bias.name)
+    return made
+
+
+def _bias(own: OwnWeight, parts: Parts, statistics: Statistics, name: str) -> tf.Tensor:
+    """The layer's bias less what the normalization takes out."""
+    bias = own.layer.bias
+    shift = tf.matmul(statistics.middle_mean[None], parts.ends(statistics)[1])
+    return tf.subtract(bias, tf.reshape(shift, bias.shape.as_list()), name=name)
+
+
+def _train(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional[Sequence[int]],
+           training: tf.Tensor) -> Tuple[tf.Tensor, Statistics]:
+    """What the layer computes with the statistics of the batch, without its bias; the averages follow."""
+    x = own.layer.input
+    first_var, first_count = _variance_of_first(x, parts)
+    chosen = averages._replace(first_var=_mix(training, first_var, averages.first_var))
+    first, _ = parts.ends(chosen)
+    y = _run(own, x, _absorbed(first, parts.middle.read_value()))
+    axes = list(range(y.shape.rank - 1))
+    middle_mean, middle_var = tf.nn.moments(y, axes)
+    batch = Statistics(first_var, middle_mean, middle_var)
+    chosen = Statistics(*(_mix(training, now, average) for now, average in zip(batch, averages)))
+    count = tf.cast(tf.size(y), tf.float32) / float(y.shape.as_list()[-1])
+    updates = [_follow(variable, value, training) for variable, value in (
+        (parts.first_var, _unbiased(first_var, first_count)), (parts.middle_mean, middle_mean),
+        (parts.middle_var, _unbiased(middle_var, count)))]
+    _, last = parts.ends(chosen)
+    y = tf.matmul(y, last) if y.shape.rank == 2 else tf.nn.conv2d(y, last[None, None], strides=[1, 1, 1, 1],
+                                                                 padding="VALID")
+    with tf.control_dependencies(updates):
+        result = tf.identity(y if tap is None else y + x, name="result")
+    result.set_shape(own.layer.op.outputs[0].shape)
+    return result, chosen
+
+
+def _variance_of_first(x: tf.Tensor, parts: Parts) -> Tuple[tf.Tensor, tf.Tensor]:
+    """Variance of each channel of ``first`` applied to x, and the number of positions."""
+    flat = tf.reshape(x, [-1, x.shape.as_list()[-1]])
+    centred = flat - tf.reduce_mean(flat, axis=0)
+    count = tf.cast(tf.shape(flat)[0], tf.float32)
+    covariance = tf.matmul(centred, centred, transpose_a=True) / count
+    first = parts.first.read_value()
+    return tf.reduce_sum(first * tf.matmul(covariance, first), axis=0), count
+
+
+def _absorbed(first: tf.Tensor, middle: tf.Tensor) -> tf.Tensor:
+    """first [i, s] and then middle [..., s, r] as one kernel [..., i, r]."""
+    rank = middle.shape.rank
+    product = tf.tensordot(first, middle, [[1], [rank - 2]])
+    return tf.transpose(product, list(range(1, rank - 1)) + [0, rank - 1])
+
+
+def _run(own: OwnWeight, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """The layer's own operation with another kernel [..., I, n]."""
+    op = own.layer.op
+    if own.layer.kind is LayerKind.MATMUL:
+        return tf.matmul(x, kernel)
+    explicit = list(op.get_attr("explicit_paddings")) if op.get_attr("padding") == b"EXPLICIT" else []
+    return tf.raw_ops.Conv2D(input=x, filter=kernel, strides=list(op.get_attr("strides")), explicit_paddings=explicit,
+                             padding=op.get_attr("padding").decode(), dilations=list(op.get_attr("dilations")))
+
+
+def _mix(training: tf.Tensor, batch: tf.Tensor, average: tf.Tensor) -> tf.Tensor:
+    # a choice without a branch: gradients through tf.cond depend on the version of control flow
+    return training * batch + (1.0 - training) * average
+
+
+def _unbiased(variance: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    return variance * (count / tf.maximum(count - 1.0, 1.0))
+
+
+def _follow(variable: Any, value: tf.Tensor, training: tf.Tensor) -> tf.Operation:
+    step = training * _MOMENTUM * (tf.stop_gradient(value) - variable.read_value())
+    return tf.assign_add(variable, step)
