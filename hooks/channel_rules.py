@@ -24,8 +24,10 @@ JOINS = frozenset({"Add", "AddV2", "AddN", "BiasAdd", "Sub", "Mul", "RealDiv", "
 #: values stay in their order, in other dimensions
 VIEWS = frozenset({"Reshape", "Squeeze", "ExpandDims"})
 #: values move and stay what they are
-MOVES = frozenset({"Transpose", "ConcatV2", "Split", "SplitV", "Slice", "StridedSlice", "Pack", "Unpack", "Tile", "Pad",
-                   "PadV2", "MirrorPad", "GatherV2", "SpaceToDepth", "DepthToSpace", "ReverseV2"})
+MOVES = frozenset({"Transpose", "ConcatV2", "Split", "SplitV", "Slice", "StridedSlice", "Pack", "Unpack", "Tile",
+                   "GatherV2", "SpaceToDepth", "DepthToSpace", "ReverseV2"})
+#: values get neighbours
+PADS = frozenset({"Pad", "PadV2", "MirrorPad"})
 #: dimensions vanish
 REDUCES = frozenset({"Mean", "Sum", "Max", "Min"})
 #: operations that look at a shape only, or watch a network without being part of it

@@ -18,6 +18,7 @@ from slimtrain.hooks.channel_rules import (
     JOINS,
     KEEPS_PLACES,
     MOVES,
+    PADS,
     POOLS,
     REDUCES,
     VIEWS,
@@ -155,7 +156,7 @@ class _Tracer:
         if op.name in self._found.layers:
             return self._layer if op.name not in self._found.left else None
         for types, rule in ((KEEPS_PLACES, self._same), (POOLS, self._pool), (JOINS, self._join), (VIEWS, self._view),
-                            (MOVES, self._move), (REDUCES, self._reduce)):
+                            (MOVES, self._move), (PADS, self._pad), (REDUCES, self._reduce)):
             if op.type in types:
                 return rule
         return None
@@ -291,9 +292,11 @@ class _Tracer:
         for tensor in op.inputs:
             shadow = self._shadow(tensor)
             if tensor.dtype.is_floating:
-                if shadow is None:
+                shape = static_shape(tensor)
+                if shadow is None and (shape is None or tensor.name not in self._network.fixed):
                     return None
-                inputs.append(np.ascontiguousarray(shadow, np.int32))
+                inputs.append(np.ascontiguousarray(spread(np.array(-1), shape or []) if shadow is None else shadow,
+                                                   np.int32))
                 sources.append(len(inputs) - 1)
             else:
                 value = _static_value(tensor)
@@ -310,6 +313,12 @@ class _Tracer:
             self._couple_split(part)
         self._fix_cut(before, moved)
         return moved if op.type in _SIZELESS or self._survives_removal(op, inputs, sources, moved) else None
+
+    def _pad(self, op: tf.Operation) -> Optional[List[np.ndarray]]:
+        source, amounts, shape = self._shadow(op.inputs[0]), _static_value(op.inputs[1]), static_shape(op.outputs[0])
+        if source is None or amounts is None or shape is None or any(amounts[dim].any() for dim in varying(source)):
+            return None
+        return [spread(narrowed([source])[0], shape)]
 
     def _survives_removal(self, op: tf.Operation, inputs: List[Any], sources: Sequence[int],
                           moved: Sequence[np.ndarray]) -> bool:

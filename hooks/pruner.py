@@ -83,7 +83,7 @@ class Pruner:
             self.sparsity = make_variable(SCOPE + "/sparsity", np.array(0, np.float32), first, collections=())
             self._calls = make_variable(SCOPE + "/calls", np.array(0, np.int64), first, collections=())
             mine = list(self.keeps.values()) + [self.events, self.sparsity, self._calls]
-            self._flags = [tf.is_variable_initialized(variable) for variable in mine]
+            self._started = tf.reduce_all(tf.stack([tf.is_variable_initialized(variable) for variable in mine]))
             self._start = tf.variables_initializer(mine)
             self._ops = self._object_operations()
 
@@ -269,7 +269,7 @@ class Pruner:
 
     def _initialize(self, sess: tf.Session) -> None:
         """Start the pruner's variables where neither an initializer nor a checkpoint did, as in a plain session."""
-        if not all(sess.run(self._flags)):
+        if not sess.run(self._started):
             sess.run(self._start)
 
     def _check_session(self, sess: tf.Session) -> None:
