@@ -47,12 +47,22 @@ def _deployed(call: PlannedCall, modules: Mapping[str, nn.Module], scales: Mappi
         own = scales[call.layer]
         weight = layer.weight if own.keep is None else layer.weight * own.keep
     bias = _array(integer.bias)
+    _check_finite(call.layer, weight, integer)
     return DeployedLayer(
         call.layer, _array(weight.double()), _array(integer.levels).astype(np.int32), _array(integer.weight_scales),
         bias if np.any(bias) or layer.bias is not None else None, _array(integer.float_bias.float()),
         _array(integer.factor), norm is not None, call.activation, int(getattr(layer, "groups", 1)), call,
         integer.input_scale.item(), integer.output_scale.item(),
         scales[call.input.layer].grid(call.input.role), output_grid(call, scales), _either_sign(own.weight_grid))
+
+
+def _check_finite(name: str, weight: Tensor, integer: IntegerLayer) -> None:
+    broken = [what for what, values in (("weights", weight), ("bias or batch norm", integer.float_bias),
+                                        ("weight scales", integer.weight_scales), ("input scale", integer.input_scale),
+                                        ("output scale", integer.output_scale)) if not torch.isfinite(values).all()]
+    if broken:
+        raise ValueError("layer %r cannot be deployed, its %s are not finite: training has diverged, start again from "
+                         "an earlier checkpoint" % (name, " and ".join(broken)))
 
 
 def _either_sign(grid: Grid) -> Grid:

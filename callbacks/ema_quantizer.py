@@ -99,9 +99,12 @@ class RangeTracking(Simulation):
         scales = {name: scales_of(layer) for name, layer in self._layers.items()}
         follow_weights(self._layers, scales)
         self._tracks = tracker.root.training
-        if self._tracks:
-            _average_over_ranks(list(scales.values()))
         self._before, self._now = {}, {}
+
+    def end(self, tracker: Tracker) -> None:
+        if self._tracks:
+            self._tracks = False
+            _average_over_ranks([scales_of(layer) for layer in self._layers.values()])
 
     def quantize(self, value: Tensor, owner: Owner, scales: LayerScales) -> Tensor:
         if self._tracks:

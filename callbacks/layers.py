@@ -1,8 +1,9 @@
 """Which layers of a model can run in int8, and why the others cannot."""
 from __future__ import annotations
 
-from typing import Callable, Collection, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Collection, Dict, List, NamedTuple, Optional, Set, Tuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -26,25 +27,34 @@ def choose_layers(model: nn.Module, skip: Collection[str],
         reason_for: why a layer has to stay float, "" if it need not; :func:`why_float` when None.
 
     Raises:
-        ValueError: an entry of ``skip`` names no layer; the model has no layer that can be quantized.
+        ValueError: an entry of ``skip`` names no layer; weights are not finite; no layer can be quantized.
     """
     weighted = {name: module for name, module in model.named_modules() if weight_count(module)}
     skipped = set(select(list(weighted), list(skip))) if skip else set()
     quantized: Dict[str, nn.Module] = {}
     left_float: Dict[str, str] = {}
+    seen: Set[Tuple[int, int]] = set()
     for name, module in weighted.items():
         reason = "named in skip_quant_layers" if name in skipped else (reason_for or why_float)(module)
         if not reason and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
             reason = "torch runs it inside the one operation that is the whole attention"
         if reason:
             left_float[name] = reason
-        else:
+        elif (id(module.weight), id(module.bias)) not in seen:  # a tied layer without a bias is the same layer
+            _check_finite(name, module.weight)
             quantized[name] = module
+            seen.add((id(module.weight), id(module.bias)))
     if not quantized:
         found = "; ".join("%s: %s" % item for item in left_float.items()) or "no layer with weights was found"
         raise ValueError("nothing to quantize (%s). Layers made in LightningModule.setup do not exist yet when a "
                          "callback is set up: make them in __init__ or configure_model" % found)
     return LayerChoice(quantized, left_float)
+
+
+def _check_finite(name: str, weight: Any) -> None:
+    broken = int((~torch.isfinite(weight.detach())).sum())
+    if broken:
+        raise ValueError("%d of the %d weights of layer %r are not finite" % (broken, weight.numel(), name))
 
 
 def why_float(module: nn.Module) -> str:

@@ -1,11 +1,12 @@
 """From a trained model to the ONNX file and the parameter file that MNN converts."""
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import logging
 import warnings
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import onnx
 import torch
@@ -39,7 +40,7 @@ def export_float(model: nn.Module, args: Tuple[Any, ...], kwargs: Mapping[str, A
     errors: List[Exception] = []
     for attempt in attempts:
         try:
-            with evaluation(view), torch.no_grad(), warnings.catch_warnings():
+            with evaluation(view), torch.no_grad(), _without_fast_paths(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return (_export_dynamo if attempt else _export_torchscript)(_on_cpu(view), args, kwargs, opset)
         except Exception as error:  # exporters raise whatever the model made them raise
@@ -48,6 +49,17 @@ def export_float(model: nn.Module, args: Tuple[Any, ...], kwargs: Mapping[str, A
                 logger.warning("torch.export cannot capture the model, using the TorchScript exporter, which keeps the "
                                "branches that the example input takes: %s", _first_line(error))
     raise ConversionError("the model cannot be exported to ONNX: %s" % _first_line(errors[-1])) from errors[-1]
+
+
+@contextlib.contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """In evaluation torch runs a transformer layer as one operation, which ONNX does not have."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _on_cpu(view: nn.Module) -> nn.Module:

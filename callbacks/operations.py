@@ -73,12 +73,23 @@ def operation_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], co
     if name == "batch_norm":
         # without running statistics there is nothing that a converter could fold
         return OpKind.BATCH_NORM if argument(args, kwargs, 1, "running_mean") is not None else OpKind.OTHER
+    if _keeps_values(name, args):
+        return OpKind.VIEW  # exporters drop it
     kind = OpKind.COMBINE if name in _ARITHMETIC else _KIND_OF.get(name, OpKind.OTHER)
     if kind is OpKind.CONCAT and constants:
         return OpKind.OTHER  # the converter has no description of a constant that it could spread
     if kind is OpKind.COMBINE and (constants or (name in _ARITHMETIC and _has_negative(args, kwargs))):
         return OpKind.OTHER
     return kind
+
+
+def _keeps_values(name: str, args: Sequence[Any]) -> bool:
+    """Whether an operation multiplies or divides by the number one, or adds or subtracts zero."""
+    if len(args) != 2 or not isinstance(args[1], numbers.Real):
+        return False
+    if name.strip("_") in ("add", "radd", "iadd", "sub", "isub"):
+        return args[1] == 0
+    return name.strip("_") in ("mul", "rmul", "imul", "div", "truediv", "true_divide", "itruediv") and args[1] == 1
 
 
 def _clip_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> OpKind:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from slimtrain.callbacks.marks import Mark, Marks
 from slimtrain.callbacks.operations import (
     LAYER_FUNCTIONS,
+    argument,
     function_name,
     map_tensors,
     operation_kind,
@@ -73,6 +74,9 @@ class Handler:
         """A tensor leaves the model at the end of a run."""
         return value
 
+    def end(self, tracker: Tracker) -> None:
+        """A run of the model has ended, and not by an exception."""
+
 
 class _Frame(NamedTuple):
     module: Optional[nn.Module]
@@ -100,7 +104,7 @@ class Tracker(TorchFunctionMode):
         self._serial = 0
         self._marks = Marks()
         self._entrances = Entrances()
-        self._by_weight: Dict[int, str] = {}
+        self._by_weight: Dict[int, List[str]] = {}  #: id of a weight -> its layers; tied ones differ in their bias
         self._caller: Optional[FrameType] = None  #: the Python frame that called the outermost module
 
     # -- where a run begins and ends
@@ -130,7 +134,9 @@ class Tracker(TorchFunctionMode):
         self._entrances.begin(path)
         self._serial = 0
         self._marks.clear()
-        self._by_weight = {id(layer.weight): name for name, layer in self.layers.items()}
+        self._by_weight = {}
+        for name, layer in self.layers.items():
+            self._by_weight.setdefault(id(layer.weight), []).append(name)
         self._caller = None if module is None else _caller()
         if not self._entrances.repeating:
             self.handler.begin(self)
@@ -247,7 +253,7 @@ class Tracker(TorchFunctionMode):
     def _call(self, func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Call:
         tensors = tensors_in(args) + tensors_in(kwargs)
         name = function_name(func)
-        layer = self._by_weight.get(id(weight_of(args, kwargs)), "") if name in LAYER_FUNCTIONS else ""
+        layer = self._layer_of(args, kwargs) if name in LAYER_FUNCTIONS else ""
         if layer:
             marks = (self.mark_of(tensors[0]),)
             return Call(self._unique(layer), OpKind.LAYER, func, args, kwargs, (tensors[0],), marks, layer)
@@ -255,6 +261,13 @@ class Tracker(TorchFunctionMode):
         kind = operation_kind(name, args, kwargs, constants=len(inputs) < len(tensors))
         marks = tuple(self.mark_of(tensor) for tensor in inputs)
         return Call(self._unique(self._describe(name, marks)), kind, func, args, kwargs, inputs, marks)
+
+    def _layer_of(self, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        names = self._by_weight.get(id(weight_of(args, kwargs)), [])
+        if len(names) > 1:
+            bias = argument(args, kwargs, 2, "bias")
+            names = [name for name in names if self.layers[name].bias is bias] or names
+        return names[0] if names else ""
 
     def _describe(self, name: str, marks: Sequence[Optional[Mark]]) -> str:
         frame = self._frames[-1]
@@ -307,7 +320,9 @@ class _After(_TrackerHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self.tracker.close(module) or output is None or self.tracker.repeating:
             return None
-        return map_tensors(lambda value: self.tracker.handler.leave(value, self.tracker), output)
+        result = map_tensors(lambda value: self.tracker.handler.leave(value, self.tracker), output)
+        self.tracker.handler.end(self.tracker)
+        return result
 
 
 def is_redirected(module: nn.Module) -> bool:

@@ -139,8 +139,8 @@ class WeightQuantizer:
         """A training step begins: what it runs outside any module belongs to the model itself."""
         self._tracker.open()
 
-    def close_step(self) -> None:
-        """A training step has run its forward; does nothing when none is open."""
+    def close_step(self, finished: bool = True) -> None:
+        """A training step has run its forward, or broke off; does nothing when none is open."""
         self._tracker.close()
 
     # -- results

@@ -51,6 +51,8 @@ def _kind(graph: OnnxGraph, node: onnx.NodeProto, layers: Mapping[str, str], inp
     if node.op_type == "Resize":
         return OpKind.VIEW if attribute(node, "mode", b"nearest") == b"nearest" else OpKind.RESIZE
     kind = _KIND_OF.get(node.op_type, OpKind.OTHER)
+    if kind is OpKind.VIEW and graph.constant(node.input[0]) is not None:
+        return OpKind.OTHER  # the values are constant and what is computed only tells which of them: an embedding
     constants = sum(1 for name in node.input if name) > inputs
     if kind in (OpKind.COMBINE, OpKind.CONCAT) and node.op_type in ("Add", "Mul", "Div", "Max", "Concat") and constants:
         return OpKind.OTHER  # a constant may be negative

@@ -37,7 +37,8 @@ def run_model(
     Args:
         path: the model.
         inputs: arrays by input name, or one array for a model with one input, in the layout of the model
-            before conversion (ONNX: channels first, TensorFlow: channels last). float64 becomes float32.
+            before conversion (ONNX: channels first, TensorFlow: channels last). float64 becomes float32,
+            int64 int32.
             Sizes, the batch above all, need not be those the model was converted with.
         shapes: by output name, the shape to give an output; it may differ in axes of size 1 only. MNN returns
             1-D convolutions as [N, C, L, 1]. Other outputs keep the shape they have.
@@ -49,7 +50,7 @@ def run_model(
     Raises:
         ConversionError: MNN is missing, no such model, unknown inputs, the runtime failed or crashed.
         TypeError: an input of another kind of numbers.
-        ValueError: an empty input, a shape that does not fit its output.
+        ValueError: an empty input, integers beyond 32 bits, a shape that does not fit its output.
     """
     outputs = execute(path, inputs, timeout=timeout).outputs
     wanted = shapes or {}
@@ -117,6 +118,10 @@ def _plain(name: str, values: np.ndarray) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype == np.float64:
         array = array.astype(np.float32)
+    if array.dtype == np.int64:  # which models do not have: the runtime would read each as two numbers
+        if array.size and np.abs(array).max() > np.iinfo(np.int32).max:
+            raise ValueError(f"input {name!r} holds numbers that do not fit MNN's 32 bits")
+        array = array.astype(np.int32)
     if array.dtype.name not in _DTYPES:
         raise TypeError(f"input {name!r} must hold {', '.join(_DTYPES)}, got {array.dtype}")
     if not array.size:

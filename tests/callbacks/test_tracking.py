@@ -222,6 +222,15 @@ def test_evaluation_computes_the_same_to_one_level(kind):
     assert (found - wanted).abs().mean() <= 1e-3 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_it_is_what_the_device_computes(kind, tmp_path):
+    pytest.importorskip("MNN")
+    quantizer = quantized(kind(), X, bits=8)
+    deployed = quantizer.deploy(tmp_path / "m", X, dynamo=kind is Shuffle)  # which the other exporter lacks
+    assert deployed.sqnr_db >= 100
+    assert deployed.coverage.fraction == 1.0
+
+
 def test_dropout_acts_on_the_grid():
     class Dropped(Base):
         def forward(self, x):
