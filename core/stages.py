@@ -127,6 +127,9 @@ class PruneSNIP(Prune):
     ALGORITHM = "snip"
     OBJECT = "SNIPLevelPruner"
 
+    skip_first: bool = declare(False, Flag("leave the first prunable layer alone"))
+    skip_last: bool = declare(False, Flag("leave the last prunable layer alone"))
+
 
 @dataclass(frozen=True)
 class PruneSIMDOC(Prune):
@@ -134,6 +137,9 @@ class PruneSIMDOC(Prune):
 
     ALGORITHM = "simd_oc"
     OBJECT = "SIMDOCPruner"
+
+    skip_first: bool = declare(False, Flag("leave the first prunable layer alone"))
+    skip_last: bool = declare(False, Flag("leave the last prunable layer alone"))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from slimtrain.core import ExpandedLine, FactorizedLayer
 from slimtrain.hooks import helpers
 from slimtrain.hooks.compositions import merged_weights
+from slimtrain.hooks.configuration import from_config
 from slimtrain.hooks.ema_quantizer import EMAQuantizer
 from slimtrain.hooks.lop import LOP
 from slimtrain.hooks.lop_hook import LOPHook
@@ -46,6 +47,7 @@ __all__ = [
     "WeightQuantizer",
     "WeightQuantizerHook",
     "apply_structure",
+    "from_config",
     "get_op_weight_values",
     "get_qat_state_placeholder",
     "helpers",

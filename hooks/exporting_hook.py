@@ -4,11 +4,14 @@ The hook itself remembers only which checkpoint it exported last.
 """
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from typing import Any, Dict, List, Optional, Sequence
 
 import tensorflow.compat.v1 as tf
+
+from slimtrain.hooks.reporting import convert_command
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +40,13 @@ class ExportingHook(tf.train.SessionRunHook):
             raise ValueError("export_dir {!r} was given without output_names: name the tensors that leave the network"
                              .format(export_dir))
         self.graph = graph
+        self.final_name = FINAL_NAME  #: of the files of the last export, without suffix
         self._export_dir = export_dir
         self._exports = bool(output_names)
         self._is_chief = is_chief
         self._last_checkpoint = ""
         self._written: Dict[str, str] = {}
+        self._savers: Optional[List[Any]] = None
 
     def ready(self, session: tf.Session) -> bool:
         """Whether there is something to export."""
@@ -74,7 +79,9 @@ class ExportingHook(tf.train.SessionRunHook):
         if not folder:
             logger.warning("nothing is exported: there is neither an export_dir nor a checkpoint folder")
         elif self.ready(session):
-            self._export(os.path.join(folder, FINAL_NAME), session)
+            stem = os.path.join(folder, self.final_name)
+            self._export(stem, session)
+            logger.info("to convert it for MNN: %s", convert_command(stem))
         else:
             logger.warning("nothing is exported by %s: it was not trained long enough", type(self).__name__)
 
@@ -83,7 +90,7 @@ class ExportingHook(tf.train.SessionRunHook):
 
         A saver saves after a step and before the next one, so now the variables are those of the checkpoint.
         """
-        checkpoints = _checkpoints(self.graph) if self._is_chief and self._exports else []
+        checkpoints = self._checkpoints() if self._is_chief and self._exports else []
         if not checkpoints or checkpoints[-1] == self._last_checkpoint:
             return
         self._last_checkpoint = checkpoints[-1]
@@ -95,16 +102,30 @@ class ExportingHook(tf.train.SessionRunHook):
         for gone in set(self._written) - set(checkpoints):
             _remove_export(self._written.pop(gone))
 
+    def _checkpoints(self) -> List[str]:
+        """The checkpoints that the session's saver keeps, oldest first."""
+        if self._savers is None:
+            self._savers = _savers(self.graph)
+        return max((list(saver.last_checkpoints) for saver in self._savers), key=len, default=[])
+
     def _export(self, stem: str, session: tf.Session) -> None:
         os.makedirs(os.path.dirname(os.path.abspath(stem)), exist_ok=True)
         self.export(stem, session)
         logger.info("exported %s.pb and %s.compress_params.bin", stem, stem)
 
 
-def _checkpoints(graph: tf.Graph) -> List[str]:
-    """The checkpoints that the session's saver keeps, oldest first."""
-    savers = graph.get_collection(tf.GraphKeys.SAVERS)
-    return list(savers[0].last_checkpoints) if savers else []
+def _savers(graph: tf.Graph) -> List[Any]:
+    """The savers of ``graph``, that of its session among them."""
+    collected = graph.get_collection(tf.GraphKeys.SAVERS)
+    # A saver that the user gives to tf.train.Scaffold is in no collection, and nothing leads from a session to it.
+    return collected[:1] or [candidate for candidate in gc.get_objects() if issubclass(type(candidate), tf.train.Saver)
+                             and _graph_of(candidate) is graph]
+
+
+def _graph_of(saver: Any) -> Optional[tf.Graph]:
+    saved = saver._var_list or ()  # what a saver saves has no public getter
+    return next((variable.graph for variable in (saved.values() if isinstance(saved, dict) else saved)
+                 if hasattr(variable, "graph")), None)
 
 
 def _remove_export(stem: str) -> None:
