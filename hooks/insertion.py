@@ -111,6 +111,11 @@ def strip(graph: tf.Graph) -> int:
     return moved
 
 
+def is_inserted(name: str) -> bool:
+    """Whether an operation is what a quantized edge reads."""
+    return _QUANTIZED.match(name) is not None
+
+
 def is_ours(name: str) -> bool:
     """Whether an operation was added by quantization."""
     return name.startswith(SCOPE + "/") or "/{}/".format(SCOPE) in name

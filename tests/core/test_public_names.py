@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 ONE_SIDED = {
     "EMAQuantizer": "issue 6 brings it to PyTorch",
     "OAQQuantizer": "issue 6 brings it to PyTorch",
-    "WAQQuantizer": "issue 6; the seed has it for PyTorch",
-    "WeightQuantizer": "issue 6 brings it to TensorFlow",
+    "WAQQuantizer": "issue 6 brings it to TensorFlow",
 }
 
 #: functions of the seed's interface that only make sense in one framework
 FRAMEWORK_ONLY = {
     "MNN_QAT_variables": "graph collections exist in TensorFlow only",
     "get_qat_state_placeholder": "placeholders exist in TensorFlow only; modules know train() and eval()",
+    "strip_wq_ops": "the seed's function for TensorFlow; PyTorch's object has it as a method",
     "strip_MNN_QAT_ops": "strips a graph that was read from a file; PyTorch's object is always there",
     "SensitivityAnalyzer": "TensorFlow's objects read sensitivities from a file; PyTorch's see gradients themselves",
     "get_op_weight_values": "the values of a graph are in a session, those of a module in itself",
