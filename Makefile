@@ -99,12 +99,12 @@ demo: env-torch ## Train, quantize and deploy the digits with Lightning; the rep
 demo-tf: env-tf1 ## The same with TensorFlow 1.15; the report goes to out/demo-tf
 	.venv/tf1/bin/python examples/digits_monitored_session.py
 
-torch_benches := $(filter-out %/bench_hooks.py,$(wildcard tests/bench/bench_*.py))
+hooks_benches := $(wildcard tests/bench/bench_hooks*.py)
+torch_benches := $(filter-out $(hooks_benches),$(wildcard tests/bench/bench_*.py))
 
 bench: env-torch env-tf1 env-tf2 ## Run every benchmark of tests/bench in its environment
 	@for bench in $(torch_benches); do .venv/torch/bin/python $$bench; done
-	.venv/tf1/bin/python tests/bench/bench_hooks.py
-	.venv/tf2/bin/python tests/bench/bench_hooks.py
+	@for bench in $(hooks_benches); do .venv/tf1/bin/python $$bench; .venv/tf2/bin/python $$bench; done
 
 # --- distribution -----------------------------------------------------------------------------------------
 
