@@ -2,11 +2,12 @@
 
 With a Python bool for ``training`` it is one fused operation. With a placeholder, version 1 of control flow makes two
 of them, each behind switches, and a merge. In training form the operation knows only the statistics of the batch; the
-moving averages are found where its batch statistics flow to.
+moving averages are found where its batch statistics flow to. Where it is no fused operation at all (of dense layers, and
+of Keras 3), the batch statistics are tensors of their own, in whose place the moving averages are read.
 """
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import tensorflow.compat.v1 as tf
 
@@ -16,6 +17,7 @@ FUSED = frozenset({"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"})
 _ASSIGN = frozenset({"AssignSub", "AssignAdd", "Assign", "AssignSubVariableOp", "AssignAddVariableOp",
                      "AssignVariableOp"})
 _STEPS_TO_ASSIGN = 8
+_SAME_VALUES = ("Identity", "StopGradient", "Squeeze", "Reshape")
 
 
 class BatchNorm(NamedTuple):
@@ -69,14 +71,14 @@ def _merged(merge: tf.Operation) -> Optional[BatchNorm]:
     infer = next((op for op in pair if not op.get_attr("is_training")), None)
     if infer is None or infer.get_attr("data_format") != b"NHWC":
         return None
-    outside = [_before_switch(tensor) for tensor in infer.inputs]
+    outside = [_before(tensor, ("Switch",)) for tensor in infer.inputs]
     switches = [tensor.op.name for op in pair for tensor in op.inputs if tensor.op.type == "Switch"]
     return BatchNorm(outside[0], merge.outputs[0], outside[1], outside[2], outside[3], outside[4],
                      float(infer.get_attr("epsilon")), tuple(switches + [op.name for op in pair] + [merge.name]), True)
 
 
-def _before_switch(tensor: tf.Tensor) -> tf.Tensor:
-    while tensor.op.type == "Switch":
+def _before(tensor: tf.Tensor, types: Sequence[str]) -> tf.Tensor:
+    while tensor.op.type in types:
         tensor = tensor.op.inputs[0]
     return tensor
 
@@ -92,13 +94,55 @@ def _moving_averages(op: tf.Operation) -> Optional[Tuple[tf.Tensor, tf.Tensor]]:
     return mean, variance
 
 
-def _assigned_variable(statistic: tf.Tensor) -> str:
-    """The variable that a batch statistic is averaged into: the nearest assignment downstream of it."""
-    level: List[tf.Tensor] = [statistic]
+def find_batch_statistics(graph: tf.Graph) -> Dict[str, tf.Tensor]:
+    """The moving average to be read at inference in the place of each statistic of a batch, by its tensor's name.
+
+    Adds operations that read moving averages to the graph.
+    """
+    found: Dict[str, tf.Tensor] = {}
+    known = variables_by_name(graph)
+    for op in graph.get_operations():
+        path, name = _way_to_variable(op.outputs[0]) if is_over_batch(op) else ([], "")
+        # the statistic itself is used twice: to normalize, and to update its average
+        shared = [tensor for tensor in path if len({reader.name for reader in tensor.consumers()}) > 1]
+        if name in known and shared and shared[-1].shape.as_list() == known[name].shape.as_list():
+            with graph.as_default(), tf.name_scope(None), tf.control_dependencies(None):
+                found[shared[-1].name] = tf.identity(known[name].read_value(), name="MNN_QAT/{}/inference".format(name))
+    return found
+
+
+def is_over_batch(op: tf.Operation) -> bool:
+    """Whether ``op`` averages over the batch, the first axis, and others at most."""
+    if op.type != "Mean" or not op.inputs[0].shape.rank:
+        return False
+    axes = tf.get_static_value(op.inputs[1])
+    return axes is not None and 0 in {int(axis) % op.inputs[0].shape.rank for axis in axes.reshape(-1)}
+
+
+def normalizes_over_batch(op: tf.Operation) -> bool:
+    """Whether ``op`` measures how far values are from their mean over the batch."""
+    if op.type != "SquaredDifference":
+        return False
+    return any(is_over_batch(_before(tensor, _SAME_VALUES).op) for tensor in op.inputs)
+
+
+def _way_to_variable(statistic: tf.Tensor) -> Tuple[List[tf.Tensor], str]:
+    """The tensors from a statistic to the nearest assignment downstream of it, and the variable assigned there."""
+    ways: List[List[tf.Tensor]] = [[statistic]]
+    seen: Set[str] = set()
     for _ in range(_STEPS_TO_ASSIGN):
-        readers = [op for tensor in level for op in tensor.consumers()]
-        for op in readers:
-            if op.type in _ASSIGN:
-                return str((variables_behind(op.inputs[0]) or [""])[0])
-        level = [tensor for op in readers for tensor in op.outputs]
-    return ""
+        longer = []
+        for way in ways:
+            for op in way[-1].consumers():
+                if op.type in _ASSIGN:
+                    return way, str((variables_behind(op.inputs[0]) or [""])[0])
+                if op.name not in seen:
+                    seen.add(op.name)
+                    longer.extend(way + [tensor] for tensor in op.outputs)
+        ways = longer
+    return [], ""
+
+
+def _assigned_variable(statistic: tf.Tensor) -> str:
+    """The variable that a batch statistic is averaged into."""
+    return _way_to_variable(statistic)[1]

@@ -88,8 +88,13 @@ def _fetches(source: LayerSource) -> Dict[str, Any]:
 
 
 def deploy(source: LayerSource, numbers: Numbers) -> DeployedLayer:
-    """Quantize and fold one layer."""
+    """Quantize and fold one layer.
+
+    Raises:
+        ValueError: a number of it is not finite.
+    """
     layer = source.layer
+    _check_finite(layer, numbers)
     kernel = np.moveaxis(numbers.kernel, layer.channel_axis, 0)
     levels = quantize(kernel, numbers.kernel_scale, source.kernel_grid, axis=0)
     factor, bias = _folded(source, numbers)
@@ -107,6 +112,15 @@ def deploy(source: LayerSource, numbers: Numbers) -> DeployedLayer:
         method=source.method)
     on_grid = _convolution_kernel(levels.astype(np.float32) * _columns(scales, levels), layer)
     return DeployedLayer(source, on_grid, None if bias is None else bias.astype(np.float32), params)
+
+
+def _check_finite(layer: Layer, numbers: Numbers) -> None:
+    for name, value in numbers._asdict().items():
+        broken = 0 if value is None else int(np.sum(~np.isfinite(value)))
+        if broken:
+            raise ValueError("layer {!r} cannot be deployed: {} of the {} values of its {} are not finite, so training "
+                             "diverged: go back to an earlier checkpoint".format(
+                                 layer.name, broken, np.size(value), name.replace("_", " ")))
 
 
 def _spellings(source: LayerSource, has_bias: bool) -> Tuple[str, ...]:

@@ -10,7 +10,7 @@ from slimtrain.core import Grid
 from slimtrain.core import Quantizer as Owner
 from slimtrain.hooks.layers import Layer
 from slimtrain.hooks.quantizer import GraphQuantizer
-from slimtrain.hooks.state import Scale, make_variable, max_abs
+from slimtrain.hooks.state import Scale, make_variable, max_abs, scale_to
 
 #: share of the past in the moving average of a range
 _DECAY = 0.99
@@ -61,10 +61,15 @@ class EMAQuantizer(GraphQuantizer):
         flag = make_variable(name + "_initialized", np.array(False), beside)
 
         def track() -> tf.Tensor:
-            now = max_abs(tensor, grid, list(range(tensor.shape.rank)))
-            averaged = tf.where(flag.read_value(), _DECAY * variable.read_value() + (1 - _DECAY) * now, now)
-            with tf.control_dependencies([averaged]):
-                with tf.control_dependencies([tf.assign(variable, averaged), tf.assign(flag, True)]):
+            largest = tf.reduce_max(tf.abs(tf.stop_gradient(tensor)))
+            now = scale_to(largest, grid)
+            before, started = variable.read_value(), flag.read_value()
+            averaged = tf.where(started, _DECAY * before + (1 - _DECAY) * now, now)
+            usable = tf.is_finite(largest)  # one bad batch, or an empty one, would spoil the average for good
+            after = tf.where(usable, averaged, before)
+            with tf.control_dependencies([after]):
+                with tf.control_dependencies([tf.assign(variable, after),
+                                              tf.assign(flag, tf.logical_or(started, usable))]):
                     return tf.constant(True)
 
         with tf.control_dependencies([self._when_tracking(flag, track)]):

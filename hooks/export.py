@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 from slimtrain.core import ConversionError, replace_all
-from slimtrain.hooks.batch_norm import FUSED
+from slimtrain.hooks.batch_norm import FUSED, normalizes_over_batch
 from slimtrain.hooks.compositions import merge_in_copy
 from slimtrain.hooks.deployment import DeployedLayer, deployed_scope
 from slimtrain.hooks.graph import Edge, connect, find_tensor, is_random
@@ -218,5 +218,9 @@ def _check_inference(frozen: Any) -> None:
                 node.name))
         elif is_random(node.op):
             problems.append("{} {!r} draws random numbers".format(node.op, node.name))
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(frozen, name="")
+    problems.extend("{!r} uses the statistics of the batch and has no moving averages".format(op.name)
+                    for op in graph.get_operations() if normalizes_over_batch(op))
     if problems:
         raise ConversionError("the network has no inference form: {}".format("; ".join(problems)))

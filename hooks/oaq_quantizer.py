@@ -77,6 +77,10 @@ class OAQQuantizer(LSQQuantizer):
             sess.run(self._set_clamps, {self._new_clamps: [clamp.level for clamp in narrowed],
                                         self._new_fits: [clamp.fits_int16 for clamp in narrowed]})
 
+    def followed(self) -> Dict[str, Any]:
+        """As for LSQ, and the clamp of each layer."""
+        return {**super().followed(), **{name + "/clamp": clamp for name, clamp in self._clamp_of.items()}}
+
     # -- what the algorithm decides
 
     def prepare(self) -> None:

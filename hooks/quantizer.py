@@ -22,10 +22,12 @@ from slimtrain.core import (
 )
 from slimtrain.core import Quantizer as Owner
 from slimtrain.hooks.checks import check_editable
+from slimtrain.hooks.compositions import check_merged
 from slimtrain.hooks.deployment import LayerSource, read_layers
 from slimtrain.hooks.depthwise import bias_on_grid
 from slimtrain.hooks.export import export_model, write_params_file
 from slimtrain.hooks.fake_quant import Levels, fake_quantize, levels_of
+from slimtrain.hooks.graph import ancestors
 from slimtrain.hooks.helpers import LAYER_TYPES, get_op_name_of_type
 from slimtrain.hooks.insertion import can_change_result, change_edge, change_edges, change_result, place_name
 from slimtrain.hooks.layers import Layer, LayerKind
@@ -33,7 +35,7 @@ from slimtrain.hooks.operations import Network, leaves, read_network, translate
 from slimtrain.hooks.rewriting import Rewriting, int8_safe
 from slimtrain.hooks.simulation import InputGrid, simulate_network
 from slimtrain.hooks.state import SCOPE, Scale, make_variable
-from slimtrain.hooks.strip import STATE_PLACEHOLDER, remember_deployed, strip_MNN_QAT_ops
+from slimtrain.hooks.strip import STATE_PLACEHOLDER, is_quantized, remember_deployed, strip_MNN_QAT_ops
 from slimtrain.proto import QuantMethod
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,8 @@ class GraphQuantizer:
         if isinstance(output_names, str):
             raise TypeError("output_names must be a sequence of names, got the string {!r}".format(output_names))
         check_editable(self.graph)
-        if any(op.name == STATE_PLACEHOLDER for op in self.graph.get_operations()):
+        check_merged(self.graph)
+        if is_quantized(self.graph):
             raise RuntimeError("the graph is quantized already: one quantizer per graph")
         self.output_names = tuple(output_names or ())
         self._fixed_state = is_training
@@ -114,6 +117,7 @@ class GraphQuantizer:
             ops = translate(self.graph, self._network, self.layers.values())
             self._placement = place(ops, self._network.outputs or leaves(ops))
             self._safe = int8_safe(self._placement, ops)
+            self._inner = ancestors(layer.input.op for layer in self.layers.values())
             self.clean = self.graph.as_graph_def()
             self._is_training = self._state_tensor()
             self._grids = self._choose_grids()
@@ -227,6 +231,14 @@ class GraphQuantizer:
         scales = list(self._scales.values()) + list(self._weight_scales.values())
         return all(sess.run([scale.ready for scale in scales]))
 
+    def followed(self) -> Dict[str, Any]:
+        """What is worth watching while the network trains, tensors and numbers by name: scales and bits."""
+        values: Dict[str, Any] = {key + "_bits": bits for key, bits in self.bits._asdict().items()}
+        values.update((name + "/weight_scale", scale.stored) for name, scale in self._weight_scales.items())
+        values.update(("{}/{}_scale".format(owner.layer, owner.role.value), scale.stored)
+                      for owner, scale in self._scales.items())
+        return values
+
     # -- what the algorithms decide
 
     def weight_scale(self, layer: Layer, kernel: tf.Tensor) -> Scale:
@@ -312,14 +324,23 @@ class GraphQuantizer:
                     self._scales[owner] = self.activation_scale(owner, values, self._grids[owner])
             return fake_quantize(values, self._scales[owner].used, self.activation_levels(owner), None, self.learned)
 
-        is_output = owner.role is Role.OUTPUT and (tensor.name in self._network.outputs or not tensor.consumers())
-        if is_output and can_change_result(tensor):
-            change_result(tensor, change)
-        else:
-            if is_output:
-                logger.info("fetching %s gives it before its last quantization, which nothing in the graph can show",
-                            tensor.name)
+        if owner.role is not Role.OUTPUT or not self._is_end(tensor):
             change_edges(tensor, place_name(tensor), change)
+        elif can_change_result(tensor):
+            change_result(tensor, change)
+        elif tensor.consumers():
+            level = logging.WARNING if tensor.name in self._network.outputs else logging.INFO
+            logger.log(level, "what is built on %s from now on reads it before its last quantization: put a tf.identity "
+                       "behind it before the quantizer, and go on from there", tensor.op.name)
+            change_edges(tensor, place_name(tensor), change)
+        else:
+            raise ValueError("the network ends at {!r}, a {}, behind which no quantization can be put that a loss built "
+                             "later would read: put a tf.identity behind it before the quantizer, and go on from there"
+                             .format(tensor.op.name, tensor.op.type))
+
+    def _is_end(self, tensor: tf.Tensor) -> bool:
+        """Whether somebody may yet read ``tensor``, of whom the graph does not know."""
+        return tensor.name in self._network.outputs or tensor.op.name not in self._inner
 
     def _adjust_result(self, layer: Layer, call: LayerCall) -> None:
         """Watch what a layer computes, and put the bias of a depthwise layer where MNN puts it."""
@@ -373,6 +394,9 @@ def _skipped(graph: tf.Graph, names: Sequence[str], flags: Sequence[str]) -> Set
     if isinstance(flags, str):
         raise TypeError("skip_quant_flag must be a sequence of strings, got the string {!r}".format(flags))
     known = get_op_name_of_type(graph, LAYER_TYPES)
+    for flag in flags:
+        if not any(flag in name for name in known):
+            logger.warning("skip_quant_flag %r skips nothing: it is part of no layer's name", flag)
     return set(select(known, names)) | {name for name in known if any(flag in name for flag in flags)}
 
 

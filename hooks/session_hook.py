@@ -4,12 +4,17 @@ Whatever must survive is a variable of the graph, so the session's own saver kee
 """
 from __future__ import annotations
 
+import logging
 from typing import Any, Optional, Sequence
 
 import tensorflow.compat.v1 as tf
 
 from slimtrain.hooks.exporting_hook import ExportingHook
 from slimtrain.hooks.quantizer import GraphQuantizer
+from slimtrain.hooks.reporting import coverage_text, follow
+from slimtrain.hooks.training_runs import TrainingRuns
+
+logger = logging.getLogger(__name__)
 
 
 class QuantizerHook(ExportingHook):
@@ -31,10 +36,12 @@ class QuantizerHook(ExportingHook):
                  is_chief: bool) -> None:
         super().__init__(quantizer.graph, export_dir, output_names, is_chief)
         self.quantizer = quantizer
+        self._runs = TrainingRuns(quantizer.graph)
+        follow(quantizer.graph, quantizer.followed())
 
     @property
     def is_training(self) -> tf.Tensor:
-        """The quantizer's training state. A placeholder is fed with True unless a run feeds it itself."""
+        """The quantizer's training state. A placeholder is fed unless a run does it: True if that trains, else False."""
         return self.quantizer.is_training
 
     def ready(self, session: tf.Session) -> bool:
@@ -45,13 +52,16 @@ class QuantizerHook(ExportingHook):
         """Write ``stem.pb`` and ``stem.compress_params.bin``."""
         self.quantizer.export(stem, session)
 
+    def end(self, session: tf.Session) -> None:
+        """Export the trained network, and say of each layer what became of it."""
+        super().end(session)
+        if self._is_chief:
+            coverage = self.quantizer.coverage()
+            logger.info("%.1f %% of the weights are int8\n%s", 100 * coverage.fraction, coverage_text(coverage))
+
     def before_run(self, run_context: Any) -> Any:
         """Export a checkpoint that was just written, take the decisions of the last step, and feed the state."""
         super().before_run(run_context)
         if self._is_chief:
             self.quantizer.update(run_context.session)
-        state = self.is_training
-        given = run_context.original_args.feed_dict or {}
-        if state.op.type != "Placeholder" or any(getattr(key, "name", key) == state.name for key in given):
-            return None
-        return tf.train.SessionRunArgs(None, feed_dict={state: True})
+        return self._runs.feed(run_context, self.is_training)

@@ -82,5 +82,9 @@ def positive(scale: tf.Tensor) -> tf.Tensor:
 
 def max_abs(values: tf.Tensor, grid: Grid, axes: List[int]) -> tf.Tensor:
     """The scale that puts the largest magnitude on the last level; the ``max_abs_scale`` of core, in the graph."""
-    largest = tf.reduce_max(tf.abs(tf.stop_gradient(values)), axis=axes)
+    return scale_to(tf.reduce_max(tf.abs(tf.stop_gradient(values)), axis=axes), grid)
+
+
+def scale_to(largest: tf.Tensor, grid: Grid) -> tf.Tensor:
+    """The scale that puts a magnitude on the last level."""
     return tf.maximum(largest / float(grid.upper), SMALLEST_SCALE)

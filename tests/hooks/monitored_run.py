@@ -14,7 +14,7 @@ import tf_nets
 from tf_setup import one_thread, tf
 
 
-def build(quantizer, folder, is_chief=True, **arguments):
+def build(quantizer, folder, is_chief=True, export_dir=None, **arguments):
     """The network, its hook, and everything a session needs, in the default graph."""
     x = tf.placeholder(tf.float32, [4, 8, 8, 3], name="x")
     y = tf_nets.batch_norm(tf_nets.conv(x, "c1", 6, bias=False, seed=1), "b1", True, 2)
@@ -22,7 +22,7 @@ def build(quantizer, folder, is_chief=True, **arguments):
     y = tf.nn.relu(tf_nets.conv(y, "c2", 8, stride=2, seed=3), name="r2")
     logits = tf.identity(tf_nets.dense(tf.reduce_mean(y, [1, 2]), "fc", 5, seed=5), name="logits")
     hook = getattr(hooks, quantizer + "QuantizerHook")(
-        output_names=["logits"], export_dir=os.path.join(folder, "export"), is_chief=is_chief, **arguments)
+        output_names=["logits"], export_dir=export_dir or os.path.join(folder, "export"), is_chief=is_chief, **arguments)
     loss = tf.reduce_mean(tf.square(logits - 1.0))
     step = tf.train.get_or_create_global_step()
     with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
@@ -83,13 +83,16 @@ def work(options):
     is_chief = options.worker == 0
     here = "/job:worker/task:%d" % options.worker
     with tf.device(tf.train.replica_device_setter(cluster=cluster, worker_device=here)):
-        x, train, step, hook = build(options.quantizer, options.folder, is_chief)
+        x, train, step, hook = build(options.quantizer, options.folder, is_chief,
+                                     os.path.join(options.folder, "worker-%d" % options.worker))
     with tf.train.MonitoredTrainingSession(
             server.target, is_chief=is_chief, checkpoint_dir=os.path.join(options.folder, "ckpt"), hooks=[hook],
             max_wait_secs=100, save_checkpoint_steps=10, save_summaries_steps=None, save_summaries_secs=None,
             log_step_count_steps=None, config=tf.ConfigProto(device_filters=["/job:ps", here])) as session:
         for number in range(options.last // 2):
-            session.run(train, {x: batch(1000 * options.worker + number)})
+            images = batch(1000 * options.worker + number)
+            images *= (1 if is_chief and not number else 2) / np.abs(images).max()
+            session.run(train, {x: images})
         while is_chief and session.run(step) < options.last:  # its last checkpoint shall hold everybody's steps
             time.sleep(0.1)
 

@@ -1,8 +1,10 @@
 """Graphs and arguments that are refused, each with the sentence that mends it."""
 import gc
 
+import numpy as np
 import pytest
 
+import slimtrain.hooks as hooks
 import tf_nets
 from slimtrain.hooks import LSQQuantizer, LSQQuantizerHook, OAQQuantizer, get_qat_state_placeholder
 from tf_setup import IS_1, MODE, session, tf
@@ -160,3 +162,72 @@ def test_a_session_of_another_graph(graph):
 def test_the_state_of_a_graph_that_is_not_quantized(graph):
     with pytest.raises(ValueError, match="no quantizer"):
         get_qat_state_placeholder()
+
+
+@pytest.mark.parametrize("quantizer, message", [
+    ("LSQ", "MNN_QAT/c/conv/weight_scale cannot start from the first values that it sees: .* 1 of 108"),
+    ("EMA", "layer 'c/conv' cannot be deployed: 1 of the 108 values of its kernel are not finite"),
+])
+def test_weights_that_are_not_finite(quantizer, message, graph, tmp_path):
+    made = getattr(hooks, quantizer + "Quantizer")(graph, True, output_names=["c/biased"])
+    kernel = graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)[0]
+    spoil = tf.assign(kernel, tf.concat([kernel[:2], kernel[2:] / [[[[1, 1, 1, 1]] * 3, [[1, 1, 1, 1]] * 3, [
+        [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]]]], 0))
+    init = tf.global_variables_initializer()
+    with session(graph) as run:
+        run.run(init)
+        run.run(spoil)
+        with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=message):
+            run.run("c/biased:0", {"x:0": np.ones([2, 8, 8, 3])})
+            made.export(str(tmp_path / "net"), run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_is_not_finite_or_empty_leaves_a_tracked_range_alone():
+    with tf.Graph().as_default() as graph:
+        x = tf.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        y = tf_nets.conv(x, "c", 4)
+        made = hooks.EMAQuantizer(graph, True, output_names=[y.name])
+        init = tf.global_variables_initializer()
+        variable = next(v for v in hooks.MNN_QAT_variables() if v.op.name == "MNN_QAT/c/conv/input_scale")
+        good = np.random.RandomState(0).randn(2, 8, 8, 3)
+        with session(graph) as run:
+            run.run(init)
+            for bad in (np.full([2, 8, 8, 3], np.nan), np.full([2, 8, 8, 3], np.inf), np.zeros([0, 8, 8, 3])):
+                run.run(y, {x: bad})
+                assert not made.ready(run)
+            run.run(y, {x: good})
+            before = run.run(variable)
+            np.testing.assert_allclose(before, np.abs(good).max() / 127, rtol=1e-6)
+            for bad in (np.full([2, 8, 8, 3], np.nan), np.full([2, 8, 8, 3], np.inf), np.zeros([0, 8, 8, 3])):
+                run.run(y, {x: bad})
+                assert run.run(variable) == before and made.ready(run)
+
+
+def test_a_flag_that_skips_nothing_is_told(graph, caplog):
+    LSQQuantizer(graph, skip_quant_flag=["decoder"])
+    assert "'decoder' skips nothing" in caplog.text
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_end_that_cannot_be_quantized_says_what_to_do(named):
+    with tf.Graph().as_default() as graph:
+        y = tf_nets.conv(tf.placeholder(tf.float32, [2, 8, 8, 3]), "c", 4, bias=False)
+        with pytest.raises(ValueError, match="put a tf.identity"):
+            LSQQuantizer(graph, output_names=[y.name] if named else None)
+    with tf.Graph().as_default() as graph:
+        y = tf.identity(tf_nets.conv(tf.placeholder(tf.float32, [2, 8, 8, 3]), "c", 4, bias=False))
+        LSQQuantizer(graph, output_names=[y.name] if named else None)
+
+
+def test_a_loss_built_later_reads_the_quantized_result_even_if_something_was_built_on_it_before():
+    with tf.Graph().as_default() as graph:
+        y = tf_nets.conv(tf.placeholder(tf.float32, [2, 8, 8, 3], name="x"), "c", 4)
+        tf.argmax(y, -1)
+        quantizer = LSQQuantizer(graph, True)
+        loss = tf.reduce_mean(y)
+        init = tf.global_variables_initializer()
+        with session(graph) as run:
+            run.run(init)
+            run.run(loss, {"x:0": np.ones([2, 8, 8, 3])})
+            assert quantizer.ready(run)

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+import slimtrain.hooks as hooks
 import tf_nets
 from slimtrain.core import OpKind
 from slimtrain.hooks import LSQQuantizer
@@ -194,3 +195,20 @@ def test_one_dimensional_and_partitioned_weights_are_quantized_like_any_other():
             kernel = run_session.run(graph.get_operation_by_name("conv").inputs[1], {x: np.ones([2, 8, 8, 3])})
     assert sum(g is not None for g in gradients) >= 3
     assert all(len(np.unique(kernel[..., channel])) <= 16 for channel in range(8))
+
+
+@pytest.mark.parametrize("quantizer", ["LSQ", "EMA", "OAQ"])
+def test_every_variable_of_the_state_lives_where_the_model_does(quantizer):
+    cluster = tf.train.ClusterSpec({"ps": ["localhost:1", "localhost:2"], "worker": ["localhost:3"]})
+    setter = tf.train.replica_device_setter(cluster=cluster, worker_device="/job:worker/task:0")
+    with tf.Graph().as_default() as graph, tf.device(setter):
+        tf_nets.conv(tf.nn.relu(tf_nets.conv(image(), "c", 4)), "d", 4)
+        getattr(hooks, quantizer + "Quantizer")(graph, retain_sparsity=True)
+        devices = {variable.op.name: variable.device for variable in tf.global_variables()}
+    state = {name: device for name, device in devices.items() if name.startswith("MNN_QAT/")}
+    assert len(state) > 8
+    assert all(device.startswith("/job:ps") for device in state.values()), state
+    for name, device in state.items():
+        for layer in ("c", "d"):
+            if name.startswith("MNN_QAT/{}/".format(layer)):
+                assert device == devices[layer + "/kernel"]

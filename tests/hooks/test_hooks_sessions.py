@@ -1,5 +1,7 @@
 """Monitored sessions: kills, aborts, fresh starts from a float checkpoint, workers with a parameter server."""
+import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -7,21 +9,23 @@ import time
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import monitored_run
 import tf_nets
 from slimtrain.core import sqnr_db
 from slimtrain.hooks import LSQQuantizerHook
 from slimtrain.proto import convert, run_model
+from slimtrain.proto.cli import cli
 from tf_setup import one_thread, session, tf
 
 SCRIPT = monitored_run.__file__
 
 
-def start(*arguments):
+def start(*arguments, script=SCRIPT):
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
     environment["PYTHONPATH"] = os.pathsep.join([path for path in sys.path if path])
-    return subprocess.Popen([sys.executable, SCRIPT] + [str(argument) for argument in arguments], env=environment,
+    return subprocess.Popen([sys.executable, script] + [str(argument) for argument in arguments], env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -174,8 +178,63 @@ def test_the_state_is_fed_unless_a_run_feeds_it(tmp_path):
         x, train, step, hook = monitored_run.build("LSQ", str(tmp_path))
         seen = tf.cast(hook.is_training, tf.int32)
         with tf.train.MonitoredTrainingSession(hooks=[hook], config=one_thread()) as run:
-            assert run.run(seen) == 1
-            assert run.run(seen, {hook.is_training: False}) == 0
+            assert run.run(seen) == 0
+            assert run.run([train, seen], {x: monitored_run.batch(0)})[1] == 1
+            assert run.run(seen, {hook.is_training: True}) == 1
+            assert run.run([train, seen], {x: monitored_run.batch(0), hook.is_training: False})[1] == 0
+
+
+def test_looking_at_other_data_between_steps_tracks_no_ranges(tmp_path):
+    with tf.Graph().as_default():
+        x, train, step, hook = monitored_run.build("EMA", str(tmp_path))
+        scale = next(v for v in tf.global_variables() if v.op.name == "MNN_QAT/c1/conv/input_scale")
+        with tf.train.MonitoredTrainingSession(hooks=[hook], config=one_thread()) as run:
+            run.run(train, {x: monitored_run.batch(0)})
+            before = run.run(scale)
+            run.run("logits:0", {x: 100 * monitored_run.batch(1)})
+            assert run.run(scale) == before
+            run.run(train, {x: 100 * monitored_run.batch(1)})
+            assert run.run(scale) > 1.5 * before
+
+
+def test_a_saver_of_the_users_own_is_followed(tmp_path):
+    with tf.Graph().as_default():
+        x, train, step, hook = monitored_run.build("EMA", str(tmp_path))
+        scaffold = tf.train.Scaffold(saver=tf.train.Saver(max_to_keep=2))
+        with tf.train.MonitoredTrainingSession(
+                checkpoint_dir=str(tmp_path / "ckpt"), scaffold=scaffold, hooks=[hook], save_checkpoint_steps=1,
+                save_summaries_steps=None, save_summaries_secs=None, config=one_thread()) as run:
+            for number in range(4):
+                run.run(train, {x: monitored_run.batch(number)})
+    exported = {name for name in os.listdir(str(tmp_path / "export")) if name.endswith(".pb")}
+    assert exported == {"model.ckpt-3.pb", "model.ckpt-4.pb", "model.pb"}
+
+
+def test_a_run_leaves_curves_and_a_table_of_its_layers(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with tf.Graph().as_default():
+        x, train, step, hook = monitored_run.build("OAQ", str(tmp_path), skip_quant_layers=["c2/conv"])
+        with tf.train.MonitoredTrainingSession(checkpoint_dir=str(tmp_path / "ckpt"), hooks=[hook],
+                                               save_summaries_steps=1, config=one_thread()) as run:
+            for number in range(2):
+                run.run(train, {x: monitored_run.batch(number)})
+    (events,) = (tmp_path / "ckpt").glob("events*")
+    last = {value.tag: value.simple_value for event in tf.train.summary_iterator(str(events))
+            for value in event.summary.value}
+    values = checkpoint_values(tmp_path)
+    curves = {tag[len("MNN_QAT/summary/"):]: value for tag, value in last.items() if tag.startswith("MNN_QAT/summary/")}
+    assert curves["weight_bits"] == curves["activation_bits"] == 8
+    assert curves["c1/conv/clamp"] <= 127 and "c2/conv/clamp" not in curves
+    assert {"c1/conv/weight_scale", "c1/conv/input_scale", "fc/matmul/output_scale"} <= set(curves)
+    assert 0 < values["MNN_QAT/fc/matmul/output_scale"] != 1 and curves["fc/matmul/output_scale"] != 1
+    assert "| c2/conv   | Conv2D |     432 | 68.1% | float | it was skipped |" in caplog.text
+    assert "| fc/matmul | MatMul |      40 |  6.3% | int8  |                |" in caplog.text
+    stem = str(tmp_path / "export" / "model")
+    command = next(line.split("MNN: ")[1] for line in caplog.text.splitlines() if "to convert it for MNN" in line)
+    assert shlex.split(command)[:2] == ["slimtrain", "convert"]
+    result = CliRunner().invoke(cli, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert os.path.exists(stem + ".mnn")
 
 
 def test_what_a_hook_exports_deploys_exactly(tmp_path):
@@ -211,7 +270,7 @@ def free_ports(count):
     return ports
 
 
-@pytest.mark.parametrize("quantizer", ["LSQ", "OAQ"])
+@pytest.mark.parametrize("quantizer", ["EMA", "OAQ"])
 def test_two_workers_share_one_state_on_a_parameter_server(quantizer, tmp_path):
     arguments = [tmp_path, 40, "--quantizer", quantizer, "--ports", free_ports(3), "--worker"]
     server = start(*arguments + [-1])
@@ -226,5 +285,9 @@ def test_two_workers_share_one_state_on_a_parameter_server(quantizer, tmp_path):
     values = checkpoint_values(tmp_path)
     assert values["global_step"] == 40
     assert all(value for name, value in values.items() if name.endswith("_initialized"))
-    assert [name for name in os.listdir(str(tmp_path / "export")) if name == "model.pb"]
-    assert values["MNN_QAT/c1/conv/input_scale"] != 1.0
+    assert (tmp_path / "worker-0" / "model.pb").exists()
+    assert not (tmp_path / "worker-1").exists()
+    if quantizer == "EMA":
+        # one batch with a range of 1, then only batches with 2: each step takes 1 % of the difference away
+        steps = np.log(2 - 127 * values["MNN_QAT/c1/conv/input_scale"]) / np.log(0.99)
+        assert 36 <= steps <= 39.1  # two workers that read at the same moment may lose a step's share

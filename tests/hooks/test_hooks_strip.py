@@ -103,11 +103,13 @@ def test_separate_scripts_for_training_and_testing(tmp_path):
         with session(graph) as sess:
             tf.train.Saver().restore(sess, str(tmp_path / "qat"))
             tested = sess.run(output, {x: images(), quantizer.is_training: False})
+            (integers,) = quantizer.simulate(sess, [output.name], {x: images()})
             quantizer.save_compress_params(str(tmp_path / "compress_params.bin"), sess)
             strip_MNN_QAT_ops(sess.graph)
             freeze(sess, output.op.name, tmp_path / "frozen.pb")
     coverage, deployed = converted(tmp_path, images())
     assert coverage.fraction == 1.0
+    assert sqnr_db(integers, deployed) >= 100
     assert sqnr_db(tested, deployed) > 40
 
 
