@@ -2,8 +2,8 @@
 
 With a Python bool for ``training`` it is one fused operation. With a placeholder, version 1 of control flow makes two
 of them, each behind switches, and a merge. In training form the operation knows only the statistics of the batch; the
-moving averages are found where its batch statistics flow to. Where it is no fused operation at all (of dense layers, and
-of Keras 3), the batch statistics are tensors of their own, in whose place the moving averages are read.
+moving averages are found where its batch statistics flow to. Where it is no fused operation at all (of dense layers,
+and of Keras 3), the batch statistics are tensors of their own, in whose place the moving averages are read.
 """
 from __future__ import annotations
 

@@ -330,13 +330,13 @@ class GraphQuantizer:
             change_result(tensor, change)
         elif tensor.consumers():
             level = logging.WARNING if tensor.name in self._network.outputs else logging.INFO
-            logger.log(level, "what is built on %s from now on reads it before its last quantization: put a tf.identity "
-                       "behind it before the quantizer, and go on from there", tensor.op.name)
+            logger.log(level, "what is built on %s from now on reads it before its last quantization: put a "
+                       "tf.identity behind it before the quantizer, and go on from there", tensor.op.name)
             change_edges(tensor, place_name(tensor), change)
         else:
-            raise ValueError("the network ends at {!r}, a {}, behind which no quantization can be put that a loss built "
-                             "later would read: put a tf.identity behind it before the quantizer, and go on from there"
-                             .format(tensor.op.name, tensor.op.type))
+            raise ValueError("the network ends at {!r}, a {}, behind which no quantization can be put that a loss "
+                             "built later would read: put a tf.identity behind it before the quantizer, and go on "
+                             "from there".format(tensor.op.name, tensor.op.type))
 
     def _is_end(self, tensor: tf.Tensor) -> bool:
         """Whether somebody may yet read ``tensor``, of whom the graph does not know."""

@@ -20,7 +20,7 @@ _WIDTH = 1000
 
 
 def follow(graph: tf.Graph, values: Mapping[str, Any]) -> None:
-    """Let whoever merges the summaries of ``graph`` write ``values`` by name: numbers and tensors, of which the mean."""
+    """Let whoever merges the summaries of ``graph`` write ``values`` by name: numbers, and the mean of tensors."""
     with graph.as_default(), tf.control_dependencies(None), tf.name_scope(None):
         for name, value in values.items():
             mean = tf.reduce_mean(tf.cast(value, tf.float32))

@@ -41,7 +41,7 @@ class QuantizerHook(ExportingHook):
 
     @property
     def is_training(self) -> tf.Tensor:
-        """The quantizer's training state. A placeholder is fed unless a run does it: True if that trains, else False."""
+        """The quantizer's training state. A placeholder is fed, unless a run does it: True if the run trains."""
         return self.quantizer.is_training
 
     def ready(self, session: tf.Session) -> bool:

@@ -21,8 +21,9 @@ def build(quantizer, folder, is_chief=True, export_dir=None, **arguments):
     y = tf.nn.relu(y, name="r1")
     y = tf.nn.relu(tf_nets.conv(y, "c2", 8, stride=2, seed=3), name="r2")
     logits = tf.identity(tf_nets.dense(tf.reduce_mean(y, [1, 2]), "fc", 5, seed=5), name="logits")
+    export_dir = export_dir or os.path.join(folder, "export")
     hook = getattr(hooks, quantizer + "QuantizerHook")(
-        output_names=["logits"], export_dir=export_dir or os.path.join(folder, "export"), is_chief=is_chief, **arguments)
+        output_names=["logits"], export_dir=export_dir, is_chief=is_chief, **arguments)
     loss = tf.reduce_mean(tf.square(logits - 1.0))
     step = tf.train.get_or_create_global_step()
     with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
