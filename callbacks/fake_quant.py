@@ -21,7 +21,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 #: below this many elements a kernel launch costs more than fusing saves, and compiling would cost seconds
-_COMPILE_FROM = 1 << 15
+_COMPILE_FROM = 1 << 13
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -63,15 +63,15 @@ def _forward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return _levels(x / scale, lower, upper) * scale
 
 
-def _backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tuple[Tensor, Tensor]:
+def _backward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, grad: Tensor) -> Tuple[Tensor, Tensor]:
     t = x / scale
     level = _levels(t, lower, upper)
     inside = (t >= lower) & (t <= upper)
     return torch.where(inside, grad, 0.0), grad * torch.where(inside, level - t, level)
 
 
-def _backward_summed(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tuple[Tensor, Tensor]:
-    dx, ds = _backward(grad, x, scale, lower, upper)
+def _backward_summed(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, grad: Tensor) -> Tuple[Tensor, Tensor]:
+    dx, ds = _backward(x, scale, lower, upper, grad)
     return dx, ds.sum(dim=-1, keepdim=True)
 
 
@@ -82,25 +82,21 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.gradient_scale = gradient_scale
         if not _is_fused(x):
             return _forward(x, _broadcast(scale, x), lower, upper)
-        rows = scale.numel()
-        y = _compiled(_forward, x.device.type)(_flat(x, rows), scale.reshape(rows, 1), lower, upper)
+        y = _call_compiled(_forward, x, scale, lower, upper)
         return _shaped(y, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, scale, lower, upper = ctx.saved_tensors
         rows = scale.numel()
-        elements = max(1, x.numel() // max(1, rows))
         if _is_fused(x):
-            function = _compiled(_backward_summed, x.device.type)
-            grad = _flat(_in_layout_of(grads[0], x), rows)
-            dx, ds = function(grad, _flat(x, rows), scale.reshape(rows, 1), lower, upper)
+            dx, ds = _call_compiled(_backward_summed, x, scale, lower, upper, _in_layout_of(grads[0], x))
             dx = _shaped(dx, x)
         else:
-            dx, ds = _backward(grads[0], x, _broadcast(scale, x), lower, upper)
+            dx, ds = _backward(x, _broadcast(scale, x), lower, upper, grads[0])
             ds = ds.reshape(rows, -1).sum(dim=-1)
-        ds = ds.reshape(scale.shape) * (ctx.gradient_scale / math.sqrt(elements))
-        return dx, ds, None, None, None
+        elements = max(1, x.numel() // max(1, rows))
+        return dx, ds.reshape(scale.shape) * (ctx.gradient_scale / math.sqrt(elements)), None, None, None
 
 
 def _broadcast(scale: Tensor, x: Tensor) -> Tensor:
@@ -110,13 +106,31 @@ def _broadcast(scale: Tensor, x: Tensor) -> Tensor:
 # One kernel serves every shape and memory format, because it sees (scales, elements per scale) in memory order.
 
 
-def _flat(x: Tensor, rows: int) -> Tensor:
-    return x.as_strided((1, x.numel()), (x.numel(), 1)) if rows == 1 and _is_dense(x) else x.reshape(rows, -1)
+def _call_compiled(function: Callable[..., Any], x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor,
+                   *more: Tensor) -> Any:
+    rows = scale.numel()
+    # torch would trace the function modes that are active, and compile again for each set of them
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        with torch._C.DisableTorchFunction():
+            compiled = _compiled(function, x.device.type)
+            others = [_matrix(each, rows) for each in more]
+            return compiled(_matrix(x, rows), _matrix(scale, rows), lower, upper, *others)
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def _matrix(x: Tensor, rows: int) -> Tensor:
+    """The elements as ``(rows, elements per row)``: a tensor of its own, as kernels are compiled for each kind of view."""
+    dense = x if x.is_contiguous() or (rows == 1 and _is_dense(x)) else x.contiguous()
+    columns = x.numel() // rows
+    return dense.new_empty(0).set_(dense.untyped_storage(), dense.storage_offset(), (rows, columns), (columns, 1))
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
     """``y`` with the shape and layout of ``x``, as a tensor of its own: autograd forbids changing a view in place."""
-    layout = x if _is_dense(x) else torch.empty(x.shape, device="meta")
+    layout = x if y.shape[0] == 1 and _is_dense(x) else torch.empty(x.shape, device="meta")
     return y.new_empty(0).set_(y.untyped_storage(), 0, layout.shape, layout.stride())
 
 
@@ -144,11 +158,11 @@ def _is_fused(x: Tensor) -> bool:
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Compile a function, or give it back as it is where this machine has no working compiler."""
     compiled = torch.compile(function, dynamic=True, fullgraph=True)
-    probe = torch.zeros(2, _COMPILE_FROM, device=device)
-    scale, level = torch.ones(2, 1, device=device), torch.ones((), device=device)
-    arguments = (probe, scale, -level, level) if function is _forward else (probe, probe, scale, -level, level)
+    level = torch.ones((), device=device)
     try:
-        compiled(*arguments)
+        for shape in ((1, _COMPILE_FROM), (64, _COMPILE_FROM // 64)):
+            tensors = [torch.zeros(shape, device=device) for _ in range(1 if function is _forward else 2)]
+            compiled(tensors[0], torch.ones(shape[0], 1, device=device), -level, level, *tensors[1:])
     except Exception as error:  # a missing compiler surfaces as any of a dozen types, all of which mean: run eagerly
         logger.info("fake quantization runs eagerly, torch.compile does not work here: %s", error)
         return function

@@ -196,7 +196,8 @@ class Tracker(TorchFunctionMode):
 
         def enter(tensor: Tensor) -> Tensor:
             inside = "%s.%d" % (name, next(numbers)) if tensor is not value else name
-            entered = self.handler.enter("%s/%s" % (frame.path, inside), self._latest(tensor), self)
+            with torch._C.DisableTorchFunction():  # what a handler computes is no operation of the model
+                entered = self.handler.enter("%s/%s" % (frame.path, inside), self._latest(tensor), self)
             mark = self.mark_of(entered)
             if mark is not None:
                 frame.arguments[mark.serial] = inside

@@ -1,0 +1,64 @@
+"""The compiled fake quantization: the numbers of the eager one, and really compiled wherever the model is traced."""
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from slimtrain.callbacks import LSQQuantizer, fake_quant
+from slimtrain.callbacks.fake_quant import Range, fake_quantize
+
+LEVELS = Range(torch.tensor(-7.0), torch.tensor(7.0), 7.0 ** -0.5)
+COMPILER = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs g++ and Python's headers")
+
+
+def quantized(x, scale, gradient):
+    """Result, its strides and both gradients."""
+    x, scale = x.clone(memory_format=torch.preserve_format).requires_grad_(), scale.clone().requires_grad_()
+    y = fake_quantize(x, scale, LEVELS)
+    y.backward(gradient)
+    return y.detach(), x.grad, scale.grad
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("rows", [0, 32])
+def test_compiled_numbers_are_the_eager_ones(rows, layout, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(32, 16, 5, 5, generator=generator).contiguous(memory_format=layout) for _ in range(2))
+    x[0, 0] = torch.arange(-12, 13).reshape(5, 5) * 0.25  # halves of steps, and both ends
+    scale = torch.linspace(0.2, 0.4, rows) if rows else torch.tensor(0.5)
+    assert fake_quant._is_fused(x)
+    fused = quantized(x, scale, gradient)
+    monkeypatch.setattr(fake_quant, "_COMPILE_FROM", x.numel() + 1)
+    assert not fake_quant._is_fused(x)
+    eager = quantized(x, scale, gradient)
+    assert torch.equal(fused[0], eager[0])
+    assert torch.equal(fused[1], eager[1])
+    torch.testing.assert_close(fused[2], eager[2], rtol=1e-4, atol=1e-4)  # sums in another order
+
+
+@needs_compiler
+def test_fused_inside_a_model_without_compiling_again():
+    """A model's tracker is a function mode, which torch.compile would trace: it must not see it."""
+    for _ in range(2):  # the second model brings another tracker
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)).train()
+        LSQQuantizer(model).convert()
+        x = torch.randn(8, 3, 24, 24)
+        model(x)
+        torch._dynamo.utils.counters.clear()
+        model(x).sum().backward()
+        assert fake_quant._compiled(fake_quant._forward, "cpu") is not fake_quant._forward
+        assert fake_quant._compiled(fake_quant._backward_summed, "cpu") is not fake_quant._backward_summed
+    assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")
+
+
+def test_function_modes_are_back_after_the_operation():
+    with torch.device("cpu"):  # a function mode of torch's own
+        before = torch.overrides._get_current_function_mode_stack()
+        fake_quantize(torch.randn(1 << 14), torch.tensor(0.1), LEVELS)
+        assert torch.overrides._get_current_function_mode_stack() == before != []
