@@ -15,6 +15,7 @@ from slimtrain.proto.params import (
     write_params,
 )
 from slimtrain.proto.runtime import measure_latency, run_model
+from slimtrain.proto.sparsity import SparseEstimate, SparseLayer, estimate_sparse
 from slimtrain.proto.verification import OutputDeviation, Verification, verify
 from slimtrain.proto.version import VERSION
 
@@ -28,10 +29,13 @@ __all__ = [
     "PruneType",
     "QuantMethod",
     "Simulation",
+    "SparseEstimate",
+    "SparseLayer",
     "VERSION",
     "Verification",
     "WeightOnlyParams",
     "convert",
+    "estimate_sparse",
     "inspect_model",
     "load_inputs",
     "load_simulation",

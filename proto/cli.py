@@ -23,6 +23,7 @@ from slimtrain.proto.params import params_to_json, read_params
 from slimtrain.proto.printing import BAD_FILE, CHECK_FAILED, fail, print_json, print_table
 from slimtrain.proto.report_page import write_page
 from slimtrain.proto.report_table import report_table
+from slimtrain.proto.sparsity import estimate_sparse
 from slimtrain.proto.verification import Verification, verify
 from slimtrain.proto.version import VERSION
 
@@ -115,14 +116,24 @@ def convert_command(
         raise click.UsageError(str(error)) from error
     if sparse and not weight_bits:
         click.echo(f"Note: {_SPARSE_NOTE}", err=True)
+    estimate = None
+    if sparse:
+        with _spinner(f"counting the zeros of {model}"):
+            estimate = estimate_sparse(model, params, options, allow_partial)
+        for note in estimate.notes():
+            click.echo(f"Note: {note}", err=True)
     with _spinner(f"converting {model}"):
         conversion = convert(model, output, params, options, allow_partial)
     if as_json:
-        print_json(report.conversion_dict(conversion))
+        sizes = {} if estimate is None else {"sparse": estimate.to_dict()}
+        print_json({**report.conversion_dict(conversion), **sizes})
         return
     print_table(report.conversion_table(conversion))
     asked = f"{conversion.coverage.fraction:.1%} of the weights asked for are int8; " if params else ""
     click.echo(f"{asked}{conversion.bytes:,} bytes from {os.path.getsize(model):,}: {output}")
+    if estimate is not None:
+        click.echo(f"{estimate.zeros:.1%} zeros: expected {estimate.expected:,} bytes, got {conversion.bytes:,}, "
+                   f"{conversion.bytes / estimate.dense:.1%} of the dense {estimate.dense:,}")
 
 
 @cli.command("verify", epilog=_EXIT_STATUS)

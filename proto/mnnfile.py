@@ -10,18 +10,24 @@ import json
 import os
 import re
 import tempfile
-from typing import Any, Dict, Iterable, Iterator, List, Match, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Match, NamedTuple, Optional, Tuple, TypeVar, Union
+
+import numpy as np
 
 from slimtrain.core import ConversionError, LayerState
 from slimtrain.proto.process import quote, require_mnn, run_child
 
 PathLike = Union[str, "os.PathLike[str]"]
 Node = Dict[str, Any]
+_Parsed = TypeVar("_Parsed")
 
 # This module of the wheel is the converter itself.  The wrapper script around it would install a logger over
 # the network and post statistics to it.
 CONVERTER_MODULE = "_tools"
 CONVERTER_CODE = "import sys, _tools; _tools.mnnconvert(sys.argv[1:])"
+
+#: the widest distance between two weights that the converter writes
+LONGEST_STEP_BITS = 8
 
 _LONG_ARRAY = re.compile(r'"(weight|bias|buffer|alpha|index|float32s|int8s|uint8s|int32s)": \n$')
 # Strings come first, so that a tensor called "nan" keeps its name.
@@ -74,6 +80,23 @@ def inspect_model(path: PathLike, timeout: float = 600.0) -> MnnModel:
     Raises:
         ConversionError: no such file, MNN is missing, or the file is no .mnn model.
     """
+    return _dumped(path, timeout, parse_dump)
+
+
+def zeros_in(path: PathLike, timeout: float = 600.0) -> Dict[str, List[int]]:
+    """Where zeros lie in the weights of every convolution that is stored in float, by the operator's name.
+
+    Returns:
+        the number of zeros; then, for steps of 1, 2, ... 8 bits, how many steps lead from weight to weight that is not
+        zero. The dump has six decimals, so that a weight below 5e-7 counts as zero.
+
+    Raises:
+        ConversionError: as ``inspect_model``.
+    """
+    return _dumped(path, timeout, _zeros)
+
+
+def _dumped(path: PathLike, timeout: float, parse: Callable[[Iterable[str], str], _Parsed]) -> _Parsed:
     require_mnn(CONVERTER_MODULE)
     source = os.path.abspath(os.fspath(path))
     if not os.path.isfile(source):
@@ -85,7 +108,17 @@ def inspect_model(path: PathLike, timeout: float = 600.0) -> MnnModel:
         if not os.path.isfile(target) or not os.path.getsize(target):
             raise ConversionError(f"{source} is not a .mnn model: the converter wrote nothing{quote(output)}")
         with open(target, encoding="utf-8", errors="replace") as lines:
-            return parse_dump(lines, source)
+            return parse(lines, source)
+
+
+def _zeros(lines: Iterable[str], source: str) -> Dict[str, List[int]]:
+    text = _STRING_OR_NOT_FINITE.sub(_spell, "".join(_without_numbers(lines, _steps_between)))
+    try:
+        nodes = [node for graph in _graphs(json.loads(text)) for node in graph[0]]
+        return {node.get("name", ""): (node.get("main") or {}).get("weight") or []
+                for node in nodes if node["type"] in _CONVOLUTIONS}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{source}: cannot make sense of the converter's dump: {error!r}") from error
 
 
 def parse_dump(lines: Iterable[str], source: str = "model") -> MnnModel:
@@ -108,11 +141,23 @@ def parse_dump(lines: Iterable[str], source: str = "model") -> MnnModel:
     return MnnModel(tuple(layers), writers, steps)
 
 
-def _without_numbers(lines: Iterable[str]) -> Iterator[str]:
-    """``lines`` with every array of weights replaced by its length."""
+def _length(line: str) -> str:
+    return str(line.count(",") + 1 if line.strip(" []\n") else 0)
+
+
+def _steps_between(line: str) -> str:
+    values = np.array(line.strip(" [],\n").split(",") if line.strip(" [],\n") else [], dtype=np.float32)
+    alive = np.flatnonzero(values)
+    distances = np.diff(alive, prepend=-1)
+    steps = [int(np.sum(-(-distances // (2**bits - 1)))) for bits in range(1, LONGEST_STEP_BITS + 1)]
+    return json.dumps([values.size - alive.size, *steps])
+
+
+def _without_numbers(lines: Iterable[str], replace: Callable[[str], str] = _length) -> Iterator[str]:
+    """``lines`` with every array of weights replaced by something short."""
     is_array = False
     for line in lines:
-        yield f"{line.count(',') + 1 if line.strip(' []' + chr(10)) else 0}\n" if is_array else line
+        yield f"{replace(line)}\n" if is_array else line
         is_array = _LONG_ARRAY.search(line) is not None
 
 
