@@ -67,6 +67,10 @@ class ExpandedLayer(nn.Module):
                 return weight, None if self.bias is None else self.bias.to(weight.dtype)
             return weight, self.bias.to(weight.dtype) - last @ self.middle_mean.to(weight.dtype)
 
+    def wide(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """The weights that are much larger than the layer."""
+        return self.first, self.middle, self.last
+
     @property
     def weight(self) -> Tensor:
         """As :meth:`compact`; regularizers and pruning criteria read it."""

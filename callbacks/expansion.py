@@ -39,7 +39,8 @@ def expand_layer(layer: Any, rate: int, add_batchnorm: bool, add_bypass: bool, k
 
 def merge_layer(layer: Any) -> None:
     """Undo :func:`expand_layer`: the plain layer that it equals in evaluation mode, with the original parameters."""
-    weight, bias = layer.compact()
+    with torch.no_grad():
+        weight, bias = layer.compact()
     original, own_bias = layer.compact_weight[0], layer.bias
     layer.__class__ = next(plain for plain, expanded in EXPANDED.items() if expanded is type(layer))
     del layer.compact_weight, layer.tap
@@ -54,8 +55,11 @@ def merge_layer(layer: Any) -> None:
 
 
 def merged_view(model: nn.Module) -> nn.Module:
-    """The small model that an expanded one equals in evaluation mode, beside it: what is done to it does not reach
-    the model that is being trained. Layers that are not expanded share their parameters."""
+    """The small model that an expanded one equals in evaluation mode, beside it.
+
+    What an exporter does to it does not reach the model that is being trained. Layers that are not expanded share their
+    parameters.
+    """
     view = float_view(model)
     for module in list(view.modules()):
         if isinstance(module, ExpandedLayer):

@@ -117,7 +117,9 @@ class LOP:
             RuntimeError: nothing has been expanded.
         """
         model = self._model()
-        merged = model if in_place else copy.deepcopy(model)
+        # merging drops the wide weights, the bulk of the model, so the copy need not have its own
+        wide = {id(value): value for layer in self._layers().values() for value in layer.wide()}
+        merged = model if in_place else copy.deepcopy(model, wide)
         for module in list(merged.modules()):
             if isinstance(module, ExpandedLayer):
                 merge_layer(module)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class LowRankDecompositionCallback(PlainCallback):
             tucker_minimal_ratio=tucker_minimal_ratio, reserved_singular_value_ratio=reserved_singular_value_ratio,
             rank_rule=rank_rule, separable=tuple(separable or ()), refinements=refinements)
         self.start_from = start_from
-        self.report: "tuple[FactorizedLayer, ...]" = ()  #: of the decomposition, where there was one
+        self.report: Tuple[FactorizedLayer, ...] = ()  #: of the decomposition, where there was one
         self._started = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -235,7 +235,7 @@ def test_the_kept_channels_are_those_with_the_highest_sensitivity():
     model = Sigmoids()
     pruner = TaylorFOChannelPruner(model, 0.5, sensitivity_steps=1, align_channels=1)
     model(torch.randn(4, 3, 6, 6)).square().mean().backward()
-    scores = (model.a.weight * model.a.weight.grad).detach().double().abs().sum([1, 2, 3]).numpy()
+    scores = (model.a.weight * model.a.weight.grad).detach().double().sum([1, 2, 3]).abs().numpy()
     pruner.do_pruning(None)
     rows = pruner.plan().layers["a"].rows
     assert sorted(np.argsort(scores)[-len(rows):].tolist()) == rows

@@ -1,5 +1,4 @@
-"""Low rank and over-parameterization inside a Lightning Trainer: what checkpoints hold, every way to stop and go on, two
-ranks, and other algorithms beside them."""
+"""Low rank and over-parameterization in a Lightning Trainer: checkpoints, resumes, two ranks, other callbacks."""
 from __future__ import annotations
 
 import copy
@@ -44,8 +43,8 @@ def low_rank(**options):
 
 
 def pruner(**options):
-    return SNIPLevelPrunerCallback(**{"sparsity": 0.5, "total_pruning_iterations": 3, "sensitivity_steps": 2, "begin": 1,
-                                      "end": 6, "export_to": "", **options})
+    return SNIPLevelPrunerCallback(**{"sparsity": 0.5, "total_pruning_iterations": 3, "sensitivity_steps": 2,
+                                      "begin": 1, "end": 6, "export_to": "", **options})
 
 
 ALL = {"LOP": lop, "low rank": low_rank}
@@ -284,7 +283,7 @@ def test_nothing_is_known_before_there_is_a_model():
         with pytest.raises(RuntimeError, match="no model yet"):
             callback.export("net")
     for call in (lambda: LOPCallback(0), lambda: low_rank(align_channels=0), lambda: low_rank(refinements=-1)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="at least|negative"):
             call()
 
 
