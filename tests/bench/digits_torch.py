@@ -1,4 +1,4 @@
-"""The digits task of the quality benchmarks: data, a CNN of four convolutions, float training, fine-tuning in Lightning."""
+"""The digits task of the quality benchmarks: data, nets, float training, fine-tuning in Lightning."""
 from __future__ import annotations
 
 import copy
@@ -46,7 +46,8 @@ def conv_net() -> nn.Sequential:
 
 def lenet_300_100() -> nn.Sequential:
     """LeNet-300-100 on 8x8 images."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
+                         nn.Linear(100, 10))
 
 
 def lenet_5() -> nn.Sequential:
@@ -88,9 +89,10 @@ def fit(net: nn.Module, seed: int, epochs: int, rate: float, *callbacks: Any) ->
     return module.eval()
 
 
-def tune(net: nn.Module, seed: int, *callbacks: Any, epochs: int = TUNING_EPOCHS) -> Digits:
+def tune(net: nn.Module, seed: int, *callbacks: Any, epochs: int = TUNING_EPOCHS,
+         rate: float = TUNING_RATE) -> Digits:
     """Fine-tune a copy of a trained net."""
-    return fit(copy.deepcopy(net), seed, epochs, TUNING_RATE, *callbacks)
+    return fit(copy.deepcopy(net), seed, epochs, rate, *callbacks)
 
 
 def float_nets(make: Any = conv_net) -> Dict[int, nn.Module]:
