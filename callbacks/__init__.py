@@ -19,6 +19,8 @@ from slimtrain.callbacks.lsq_callback import LSQQuantizerCallback
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
 from slimtrain.callbacks.oaq_callback import OAQQuantizerCallback
 from slimtrain.callbacks.oaq_quantizer import OAQQuantizer
+from slimtrain.callbacks.offline_callback import OfflineQuantizerCallback
+from slimtrain.callbacks.offline_quantizer import OfflineQuantizer
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
 from slimtrain.callbacks.report_callback import CompressionReportCallback
 from slimtrain.callbacks.shrinking import load_channel_plan, load_shrunk, save_channel_plan, shrink
@@ -49,6 +51,8 @@ __all__ = [
     "LowRankDecompositionCallback",
     "OAQQuantizer",
     "OAQQuantizerCallback",
+    "OfflineQuantizer",
+    "OfflineQuantizerCallback",
     "PrunedFile",
     "SIMDOCPruner",
     "SIMDOCPrunerCallback",

@@ -1,7 +1,7 @@
 """Choosing activation scales from the tensors that flow through a model."""
 from __future__ import annotations
 
-from typing import Callable, Dict, Mapping, Optional, Tuple
+from typing import Callable, Dict, Mapping, Tuple
 
 from torch import Tensor, nn
 
@@ -22,24 +22,18 @@ class Calibration(Simulation):
     Args:
         modules, plan: see :class:`Simulation`.
         choose: from a tensor and its integer grid to a scale.
-        observing: tells whether the present run counts; the others only simulate.
-        seen: what an earlier calibration has seen.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], plan: Plan, choose: Callable[[Tensor, Grid], float],
-                 observing: Callable[[], bool] = lambda: True, seen: Optional[Mapping[Quantizer, Seen]] = None) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], plan: Plan, choose: Callable[[Tensor, Grid], float]) -> None:
         super().__init__(modules, plan)
         self._choose = choose
-        self._observing = observing
-        self._counts = False
-        self._seen: Dict[Quantizer, Seen] = dict(seen or {})   #: before the present run
+        self._seen: Dict[Quantizer, Seen] = {}   #: before the present run
         self._now: Dict[Quantizer, float] = {}
 
     def begin(self, tracker: Tracker) -> None:
         super().begin(tracker)
         self._seen, self._now = self.counted(), {}
-        self._counts = self._observing()
-        self._exact = self._exact and not self._counts
+        self._exact = False
 
     def counted(self) -> Dict[Quantizer, Seen]:
         """What has been seen, the latest run included."""
@@ -50,8 +44,7 @@ class Calibration(Simulation):
         return seen
 
     def quantize(self, value: Tensor, owner: Quantizer, scales: LayerScales) -> Tensor:
-        if self._counts:
-            self._now[owner] = max(self._now.get(owner, 0.0), self._choose(value, scales.grid(owner.role)))
-            count, mean = self._seen.get(owner, (0, 0.0))
-            scales.set_activation_scale(owner.role, mean + (self._now[owner] - mean) / (count + 1))
+        self._now[owner] = max(self._now.get(owner, 0.0), self._choose(value, scales.grid(owner.role)))
+        count, mean = self._seen.get(owner, (0, 0.0))
+        scales.set_activation_scale(owner.role, mean + (self._now[owner] - mean) / (count + 1))
         return super().quantize(value, owner, scales)

@@ -6,11 +6,11 @@ from typing import Any, Collection, Dict, Iterable, Mapping, Optional, Union
 
 from torch import nn
 
-from slimtrain.callbacks.calibration import Calibration
+from slimtrain.callbacks.observing import Observing, observations_of, observations_state
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
-from slimtrain.callbacks.quantizer import Batch, choose_activation_scale
-from slimtrain.core import Quantizer as Owner
-from slimtrain.core import Role, activation_grid, weight_grid
+from slimtrain.callbacks.quantizer import Batch
+from slimtrain.callbacks.recording import Plan
+from slimtrain.core import ActivationMethod, activation_grid, weight_grid
 
 
 class Mode(Enum):
@@ -83,6 +83,11 @@ class LSQQuantizer(QATQuantizer):
         self._trained = True
         return count
 
+    def make_calibration(self, plan: Plan) -> Any:
+        if self.mode is Mode.ONLINE:
+            return super().make_calibration(plan)
+        return Observing(self.modules(), plan, ActivationMethod.MSE)
+
     def start_from(self, batch: Batch) -> None:
         """Choose all scales from one batch; offline, the run that it is given to counts it again, and not this one."""
         trained = self._trained
@@ -94,8 +99,8 @@ class LSQQuantizer(QATQuantizer):
         """From the next run on, the model computes as it will be deployed; offline it goes on choosing scales, too."""
         super().simulate_from_now()
         if self.mode is Mode.OFFLINE:
-            self._tracker.handler = Calibration(self.modules(), self.known_plan(), choose_activation_scale,
-                                                self._observes, self.seen)
+            self._tracker.handler = Observing(self.modules(), self.known_plan(), ActivationMethod.MSE,
+                                              self._observes, self.seen)
 
     def _observes(self) -> bool:
         self._trained = self._trained or self.model.training
@@ -103,12 +108,11 @@ class LSQQuantizer(QATQuantizer):
 
     def state_dict(self) -> Dict[str, Any]:
         handler = self._tracker.handler
-        seen = handler.counted() if isinstance(handler, Calibration) else {}
-        return {**super().state_dict(), "seen": [[owner.layer, owner.role.value, count, mean]
-                                                 for owner, (count, mean) in seen.items()]}
+        seen = handler.counted() if isinstance(handler, Observing) else {}
+        return {**super().state_dict(), "seen": observations_state(seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seen = {Owner(layer, Role(role)): (count, mean) for layer, role, count, mean in state["seen"]}
+        self.seen = observations_of(state["seen"])
         self._trained = bool(state["plan"])
         super().load_state_dict(state)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimtrain.callbacks.calibration import Calibration, Seen
+from slimtrain.callbacks.calibration import Calibration
 from slimtrain.callbacks.layer_scales import SCALES, Bits, LayerScales, scales_of
 from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count
 from slimtrain.callbacks.model_view import evaluation, is_compiled, unnoticed
@@ -67,7 +67,7 @@ class Quantizer:
         self.bits = Bits(weight_bits, activation_bits)
         self.plan: Optional[Plan] = None
         self.calibrating = False
-        self.seen: Dict[Owner, Seen] = {}  #: what calibration has seen of each activation
+        self.seen: Dict[Owner, Any] = {}  #: what calibration has seen of each activation
         self._choice = choose_layers(model, skip_quant_layers)
         self._skip = tuple(skip_quant_layers)
         self._unsigned = unsigned_activations
@@ -105,6 +105,10 @@ class Quantizer:
     def make_scales(self, layer: nn.Module) -> LayerScales:
         """The scales that hang on one layer."""
         return LayerScales(layer, self.bits, self._retain_sparsity)
+
+    def make_calibration(self, plan: Plan) -> Any:
+        """What runs the model while its scales are chosen: a simulation whose ``counted()`` tells what it has seen."""
+        return Calibration(self.modules(), plan, self.choose_activation_scale)
 
     def make_simulation(self) -> Simulation:
         """What runs the model from now on."""
@@ -177,19 +181,19 @@ class Quantizer:
         self.attach()
         self.restart_weight_scales()
         count = 0
-        calibration: Optional[Calibration] = None
+        calibration: Any = None
         with unnoticed(self.model), self._calibrating():
             for batch in batches:
                 args, kwargs = arguments(batch)
                 if calibration is None:
-                    calibration = Calibration(self.modules(), self.record(args, kwargs), self.choose_activation_scale)
+                    calibration = self.make_calibration(self.record(args, kwargs))
                 with self._handling(calibration):
                     self.model(*args, **kwargs)
                 count += 1
         if not count:
             raise ValueError("calibration needs at least one batch, got none")
         self._average_over_ranks()
-        self.seen = calibration.counted() if calibration is not None else {}
+        self.seen = calibration.counted()
         self.simulate_from_now()
         return count
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 from torch import nn
 
@@ -88,12 +88,16 @@ class QuantizerCallback(DeployingCallback):
 
     def _examples(self, trainer: Any, pl_module: Any) -> List[Any]:
         """Inputs of the quantized model, from the first training batches."""
-        model = self.quantizer.model
-        batches = first_batches(trainer, pl_module, self.calibration_batches)
-        if model is pl_module or not has_forward(pl_module):
-            return [example_from_batch(model, batch) for batch in batches]
-        self.quantizer.detach()
-        examples = [Batch(*inputs) for batch in batches
-                    for inputs in passed_inputs(pl_module, model, *arguments(example_from_batch(pl_module, batch)))]
-        self.quantizer.attach()
-        return examples
+        return model_inputs(self.quantizer, pl_module, first_batches(trainer, pl_module, self.calibration_batches))
+
+
+def model_inputs(quantizer: QATQuantizer, pl_module: Any, batches: Iterable[Any]) -> List[Any]:
+    """What the quantized model is given for batches of its LightningModule."""
+    model = quantizer.model
+    if model is pl_module or not has_forward(pl_module):
+        return [example_from_batch(model, batch) for batch in batches]
+    quantizer.detach()
+    examples = [Batch(*inputs) for batch in batches
+                for inputs in passed_inputs(pl_module, model, *arguments(example_from_batch(pl_module, batch)))]
+    quantizer.attach()
+    return examples

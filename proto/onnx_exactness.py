@@ -84,7 +84,8 @@ def _make_island(graph: OnnxGraph, node: onnx.NodeProto) -> None:
 
 
 def _product(graph: OnnxGraph, source: str, factor: float, output: str) -> onnx.NodeProto:
-    return helper.make_node("Mul", [source, graph.add_constant(np.asarray(factor, np.float32), "factor")], [output], name=output)
+    constant = graph.add_constant(np.asarray(factor, np.float32), "factor")
+    return helper.make_node("Mul", [source, constant], [output], name=output)
 
 
 def _mean(graph: OnnxGraph, node: onnx.NodeProto) -> onnx.NodeProto:
@@ -136,7 +137,8 @@ def _grid_nodes(graph: OnnxGraph, name: str, step: Step) -> tuple[List[onnx.Node
     """``clip(sign(t) * floor(abs(t) + 0.5)) * scale`` with ``t = x * (1 / scale)``, as the runtime rounds."""
     values: Dict[str, float] = {"inverse": float(np.float32(1) / step.scale), "half": 0.5, "scale": float(step.scale),
                                 "lower": step.grid.lower, "upper": step.grid.upper}
-    constant = {key: graph.add_constant(np.asarray(value, np.float32), "%s/%s" % (name, key)) for key, value in values.items()}
+    constant = {key: graph.add_constant(np.asarray(value, np.float32), "%s/%s" % (name, key))
+                for key, value in values.items()}
     recipe = (("Mul", (name, constant["inverse"]), "level"), ("Abs", ("level",), "size"),
               ("Add", ("size", constant["half"]), "raised"), ("Floor", ("raised",), "whole"),
               ("Sign", ("level",), "sign"), ("Mul", ("whole", "sign"), "rounded"),

@@ -84,7 +84,9 @@ def _match(graph: OnnxGraph, layer: DeployedLayer, node: onnx.NodeProto) -> Opti
     found = weight.astype(np.float64).reshape(len(weight), -1)
     trained = layer.trained_weight.reshape(len(weight), -1)
     if _close(found, trained):
-        return Match(layer, node, Weight.TRAINED)
+        # a batch norm with a factor close to one may have been folded without a trace in the weights
+        folded = layer.folds_batch_norm and not _has_batch_norm(graph, node, len(weight))
+        return Match(layer, node, Weight.FOLDED if folded else Weight.TRAINED)
     if _close(found, layer.weight.reshape(found.shape)):
         return Match(layer, node, Weight.ON_GRID)
     if layer.folds_batch_norm:
@@ -93,6 +95,12 @@ def _match(graph: OnnxGraph, layer: DeployedLayer, node: onnx.NodeProto) -> Opti
         if _close(found, trained * factor[:, None]):
             return Match(layer, node, Weight.FOLDED)
     return None
+
+
+def _has_batch_norm(graph: OnnxGraph, node: onnx.NodeProto, channels: int) -> bool:
+    addition = bias_addition(graph, node, channels)
+    following = graph.only_consumer(node.output[0] if addition is None else addition[0].output[0])
+    return following is not None and following.op_type == "BatchNormalization"
 
 
 def _without_ones(shape: Tuple[int, ...]) -> Tuple[int, ...]:

@@ -14,6 +14,7 @@ ONE_SIDED = {
     "EMAQuantizer": "issue 6 brings it to PyTorch",
     "OAQQuantizer": "issue 6 brings it to PyTorch",
     "WAQQuantizer": "issue 6 brings it to TensorFlow",
+    "OfflineQuantizer": "a module is calibrated by running it; frozen graphs are issue 6's third part",
 }
 
 #: functions of the seed's interface that only make sense in one framework

@@ -1,0 +1,169 @@
+"""Offline quantization of a PyTorch model: scales from data that flow through it, without training."""
+from __future__ import annotations
+
+import logging
+from typing import Any, Collection, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+
+import numpy as np
+from torch import nn
+
+from slimtrain.callbacks.model_view import evaluation, unnoticed
+from slimtrain.callbacks.observing import (
+    FloatObserving,
+    Observations,
+    observations_of,
+    observations_state,
+    observed_batches,
+)
+from slimtrain.callbacks.qat_quantizer import QATQuantizer
+from slimtrain.callbacks.quantizer import Batch, arguments
+from slimtrain.core import (
+    ActivationMethod,
+    Grid,
+    WeightMethod,
+    activation_grid,
+    calibrated_scale,
+    method_of,
+    weight_grid,
+    weight_scales,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class OfflineQuantizer(QATQuantizer):
+    """Quantizes a trained model from data: ``calibrate(batches)``, then ``simulate``, ``export`` or ``deploy``.
+
+    The model runs in evaluation mode, in float, and each tensor that will carry a scale is observed: its range
+    exactly, its distribution as a histogram, in memory that does not grow with the number of batches.
+
+    Args:
+        model: a trained float model; its weights stay as they are.
+        skip_quant_layers: names or patterns (``features.*``) of layers that stay float.
+        bits: 2 to 8, for weights and activations.
+        debug_info: log the scales when they are chosen.
+        method: how activations find their scale: "ema", "kl", "admm", "mse" or "max_abs".
+        weight_method: how weights find theirs: "max_abs", "admm" or "mse".
+        weight_bits, activation_bits: instead of ``bits``.
+        unsigned_activations: below 8 bits, give activations that are never negative the range 0..2^bits - 1.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: bits outside 2..8, an unknown method or layer name, nothing to quantize.
+    """
+
+    def __init__(self, model: nn.Module, skip_quant_layers: Collection[str] = (), bits: int = 8,
+                 debug_info: bool = False, *, method: Union[str, ActivationMethod] = ActivationMethod.MSE,
+                 weight_method: Union[str, WeightMethod] = WeightMethod.MSE, weight_bits: Optional[int] = None,
+                 activation_bits: Optional[int] = None, unsigned_activations: bool = True) -> None:
+        self.method, self.weight_method = self.check(bits, weight_bits, activation_bits, method, weight_method)
+        super().__init__(model, skip_quant_layers, bits if weight_bits is None else weight_bits,
+                         bits if activation_bits is None else activation_bits,
+                         unsigned_activations=unsigned_activations, debug_info=debug_info)
+        self._observations: Observations = {}
+        self._observer: Optional[FloatObserving] = None
+        for scale in self.scale_parameters():
+            scale.requires_grad_(False)
+
+    @staticmethod
+    def check(bits: int, weight_bits: Optional[int], activation_bits: Optional[int],
+              method: Union[str, ActivationMethod],
+              weight_method: Union[str, WeightMethod]) -> Tuple[ActivationMethod, WeightMethod]:
+        """Check arguments before there is a model; returns the methods.
+
+        Raises:
+            ValueError: bits outside 2..8, an unknown method.
+        """
+        weight_grid(bits if weight_bits is None else weight_bits)
+        activation_grid(bits if activation_bits is None else activation_bits)
+        return method_of(ActivationMethod, method), method_of(WeightMethod, weight_method)
+
+    # -- observing
+
+    def calibrate(self, batches: Iterable[Any]) -> int:
+        """Observe the model on batches, in evaluation mode, and choose all scales; starts from nothing each time.
+
+        Args:
+            batches: inputs of the model; a tuple is several positional arguments, a dict keyword arguments.
+
+        Returns:
+            how many batches were seen. Modes, buffers and the random state of the model are left as they were.
+
+        Raises:
+            ValueError: there was no batch, or none reached some tensor; values are not finite.
+        """
+        self.attach()
+        count, before = 0, self._tracker.handler
+        try:
+            with unnoticed(self.model), evaluation(self.model), self._calibrating():
+                for batch in batches:
+                    inputs = arguments(batch)
+                    if not count:
+                        self.start_observing(inputs)
+                    self.model(*inputs.args, **inputs.kwargs)
+                    count += 1
+                if not count:
+                    raise ValueError("calibration needs at least one batch, got none")
+                self.finish_observing()
+        except BaseException:
+            self._tracker.handler = before  # what it was, the float model or the scales of an earlier calibration
+            raise
+        return count
+
+    def start_observing(self, inputs: Batch) -> None:
+        """Record where the model is quantized; every run from now on is observed, until :meth:`finish_observing`."""
+        plan = self.record(inputs.args, inputs.kwargs)
+        self._observer = FloatObserving(self.modules(), plan, self.method, lambda: not self.model.training)
+        self._tracker.handler = self._observer
+
+    def finish_observing(self) -> None:
+        """Choose all scales from what was seen; from now on the model computes as it will be deployed.
+
+        Raises:
+            RuntimeError: nothing is being observed.
+            ValueError: no batch reached some tensor.
+        """
+        if self._observer is None:
+            raise RuntimeError("nothing is being observed: call calibrate(batches), or start_observing first")
+        seen = self._observer.counted()
+        self._observer = None
+        owners = set(self.known_plan().owners.values())
+        missing = sorted("%s of %r" % (owner.role.value, owner.layer) for owner in owners - set(seen))
+        if missing:
+            self.forget()
+            raise ValueError("no batch reached %s" % ", ".join(missing))
+        self._observations = seen
+        self.restart_weight_scales()
+        for owner, state in seen.items():
+            scales = self.scales[owner.layer]
+            scales.set_activation_scale(owner.role, calibrated_scale(state, scales.grid(owner.role), self.method))
+        self._average_over_ranks()
+        self.simulate_from_now()
+        counts = sorted(set(self.batches_seen().values()))
+        logger.info("chose %d scales by %s from %s batches", len(seen), self.method.value, "/".join(map(str, counts)))
+
+    def batches_seen(self) -> Dict[Tuple[str, str], int]:
+        """How many batches each observer saw, by layer and role ("input" or "output"); empty before calibration."""
+        return observed_batches(self._observations)
+
+    # -- what the base asks for
+
+    def choose_weight_scale(self, weight: np.ndarray, grid: Grid) -> np.ndarray:
+        return weight_scales(weight, grid, self.weight_method)
+
+    def starts_now(self) -> bool:
+        return False
+
+    def configuration(self) -> Dict[str, Any]:
+        configuration = super().configuration()
+        for name in ("scale_lr_ratio", "retain_sparsity"):
+            del configuration[name]
+        return {**configuration, "method": self.method.value, "weight_method": self.weight_method.value}
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {**super().state_dict(), "seen": observations_state(self._observations)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        entries: List[Dict[str, Any]] = state["seen"]
+        self._observations = observations_of(entries)
+        super().load_state_dict(state)
