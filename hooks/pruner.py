@@ -98,12 +98,12 @@ class Pruner:
         return list(weight.variable.shape.as_list())
 
     def score(self, weight: PrunableWeight, product: tf.Tensor) -> tf.Tensor:
-        """The sensitivities of a weight from ``|w * dL/dw|`` in its own shape."""
-        return product
+        """The sensitivities of a weight from ``w * dL/dw`` in its own shape."""
+        return tf.abs(product)
 
-    def score_values(self, weight: PrunableWeight, product: np.ndarray) -> np.ndarray:
-        """The same on arrays."""
-        return product
+    def score_values(self, weight: PrunableWeight, saved: np.ndarray) -> np.ndarray:
+        """The same from the means of ``|w * dL/dw|`` that a file holds."""
+        return saved
 
     def decide(self, scores: Mapping[str, np.ndarray], alive: Optional[Keeps], fraction: float) -> Keeps:
         """Keep-masks of all masked variables at a fraction of the final sparsity.

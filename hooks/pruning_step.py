@@ -153,7 +153,7 @@ def _take_in(pruner: Pruner, mean: Any, name: str, update: Update, share: tf.Ten
     weight = pruner.weights[name]
     with tf.device(weight.variable.device):
         value = weight.variable.read_value() * pruner.keeps[name].read_value()
-        score = pruner.score(weight, tf.abs(value * update.gradient))
+        score = pruner.score(weight, value * update.gradient)
         # an overflowing batch says nothing
         score = tf.where(tf.is_finite(score), score, tf.zeros_like(score))
         return tf.assign_add(mean, share * (score - mean.read_value()))

@@ -127,11 +127,13 @@ class TaylorFOChannelPruner(Pruner):
         return [int(np.prod(_rows_shape(weight)))]
 
     def score(self, weight: PrunableWeight, product: tf.Tensor) -> tf.Tensor:
+        # of a filter as a whole: what its weights do to the loss may cancel out
         kernel = tf.reshape(product, weight.layer.kernel.shape.as_list())
-        return tf.reshape(tf.reduce_sum(kernel, axis=_summed_axes(weight)), [-1])
+        return tf.reshape(tf.abs(tf.reduce_sum(kernel, axis=_summed_axes(weight))), [-1])
 
-    def score_values(self, weight: PrunableWeight, product: np.ndarray) -> np.ndarray:
-        return np.asarray(weight.rows(product).sum(axis=(1, 2)), np.float32)
+    def score_values(self, weight: PrunableWeight, saved: np.ndarray) -> np.ndarray:
+        # a file holds no signs: a bound of what the filter does as a whole
+        return np.asarray(weight.rows(saved).sum(axis=(1, 2)), np.float32)
 
     def decide(self, scores: Mapping[str, np.ndarray], alive: Optional[Keeps], fraction: float) -> Keeps:
         totals = np.zeros(self.classes.size)
