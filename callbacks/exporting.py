@@ -10,13 +10,14 @@ import onnx
 from torch import Tensor
 
 from slimtrain.callbacks.operations import tensors_in
-from slimtrain.core import Coverage, sqnr_db
+from slimtrain.core import ConversionError, Coverage, sqnr_db
 from slimtrain.proto import (
     ConvertOptions,
     convert,
     quantize_algorithm,
     run_model,
     save_algorithm,
+    save_simulation,
 )
 from slimtrain.proto.deployed import DeployedLayer
 from slimtrain.proto.onnx_graph import OnnxGraph
@@ -74,19 +75,45 @@ def deploy(exported: Exported, inputs: Mapping[str, np.ndarray], expected: Any, 
     target = os.path.splitext(exported.onnx)[0] + ".mnn"
     conversion = convert(exported.onnx, target, exported.params, options or ConvertOptions())
     outputs = run_model(target, dict(inputs))
-    names = [value.name for value in onnx.load(exported.onnx, load_external_data=False).graph.output]
-    wanted = [tensor.detach().double().cpu().numpy() for tensor in tensors_in(expected)]
-    measured = [outputs[name].reshape(value.shape) for name, value in zip(names, wanted)]
-    reference = np.concatenate([value.ravel() for value in wanted])
-    result = sqnr_db(reference, np.concatenate([value.astype(np.float64).ravel() for value in measured]))
+    wanted = named_outputs(exported.onnx, expected)
+    measured = [outputs[name].reshape(value.shape).astype(np.float64) for name, value in wanted.items()]
+    reference = np.concatenate([value.astype(np.float64).ravel() for value in wanted.values()])
+    result = sqnr_db(reference, np.concatenate([value.ravel() for value in measured]))
     coverage = Coverage(conversion.coverage.layers + conversion.weight_only.layers)
     return Deployed(target, coverage, result, conversion.bytes)
 
 
+def record(exported: Exported, inputs: Mapping[str, np.ndarray], expected: Any) -> str:
+    """Write ``stem.simulation.npz``: an example input and its simulated result, for ``slimtrain verify``."""
+    path = os.path.splitext(exported.onnx)[0] + ".simulation.npz"
+    save_simulation(path, dict(inputs), named_outputs(exported.onnx, expected))
+    return path
+
+
 def named_inputs(path: PathLike, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """An example input as the named inputs of an exported file."""
+    """An example input as the named inputs of an exported file.
+
+    Raises:
+        ConversionError: the file has another number of inputs.
+    """
     model = onnx.load(os.fspath(path), load_external_data=False)
     constants = {tensor.name for tensor in model.graph.initializer}
     names = [value.name for value in model.graph.input if value.name not in constants]
-    tensors: List[Tensor] = tensors_in([args, dict(kwargs)])
+    return _paired(path, "inputs", names, tensors_in([args, dict(kwargs)]))
+
+
+def named_outputs(path: PathLike, outputs: Any) -> dict[str, np.ndarray]:
+    """What a model returned as the named outputs of its exported file.
+
+    Raises:
+        ConversionError: the file has another number of outputs.
+    """
+    model = onnx.load(os.fspath(path), load_external_data=False)
+    return _paired(path, "outputs", [value.name for value in model.graph.output], tensors_in(outputs))
+
+
+def _paired(path: PathLike, what: str, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    if len(names) != len(tensors):
+        raise ConversionError("%s has %d %s (%s), the model %d: give the model only what it uses" % (
+            os.fspath(path), len(names), what, ", ".join(names), len(tensors)))
     return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors)}

@@ -10,7 +10,7 @@ from torch import nn
 
 from slimtrain.callbacks.checkpoints import read_saved
 from slimtrain.callbacks.deployment import deployed_layers
-from slimtrain.callbacks.exporting import Deployed, Exported, deploy, named_inputs, write_params_only
+from slimtrain.callbacks.exporting import Deployed, Exported, deploy, named_inputs, record, write_params_only
 from slimtrain.callbacks.model_view import submodule
 from slimtrain.callbacks.onnx_export import export_float
 from slimtrain.callbacks.qdq import write_qdq
@@ -112,7 +112,7 @@ class QATQuantizer(Quantizer):
                            "and rewriting is turned off", name)
 
     def export(self, stem: PathLike, example_input: Any, *, append: bool = False, opset: Optional[int] = None,
-               dynamo: Optional[bool] = None, qdq: bool = False) -> Exported:
+               dynamo: Optional[bool] = None, qdq: bool = False, simulation: bool = False) -> Exported:
         """Write ``stem.onnx`` and ``stem.compress_params.bin``; the training model is not touched.
 
         Args:
@@ -122,6 +122,8 @@ class QATQuantizer(Quantizer):
             opset: ONNX operator set; the exporter's choice when None.
             dynamo: which of torch's exporters; None takes the newer one where it can capture the model.
             qdq: also write ``stem.qdq.onnx``, a standard quantized ONNX file that onnxruntime runs in int8.
+            simulation: also write ``stem.simulation.npz``, the example and what the device must compute from it, for
+                ``slimtrain verify``.
 
         Raises:
             ConversionError: the model cannot be exported.
@@ -135,6 +137,8 @@ class QATQuantizer(Quantizer):
         write_files(model, layers, exported.onnx, exported.params, append)
         if qdq:
             write_qdq(exported.onnx, layers, "%s.qdq.onnx" % os.fspath(stem))
+        if simulation:
+            record(exported, named_inputs(exported.onnx, args, kwargs), self.simulate(*args, **kwargs))
         return exported
 
     def deploy(self, stem: PathLike, example_input: Any, **options: Any) -> Deployed:

@@ -25,16 +25,20 @@ class Comparison(NamedTuple):
 
 
 def trained(quantizer, net: Net, steps: int = 6, seed: int = 0) -> nn.Module:
-    """Convert and train: weights, batch norm statistics and scales move away from where they began."""
+    """Convert and train: weights, batch norm statistics and scales move away from where they began.
+
+    The target is what the float model computed at first, so that results go on depending on the input.
+    """
     generator = torch.Generator().manual_seed(seed)
+    teacher = copy.deepcopy(quantizer.model)
     model = quantizer.convert().train()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     for _ in range(steps):
         x = torch.randn(net.shape, generator=generator)
-        output = model(x)
-        target = torch.randn(output.shape, generator=generator)
         optimizer.zero_grad()
-        nn.functional.mse_loss(output, target).backward()
+        with torch.no_grad():
+            target = teacher(x)
+        nn.functional.mse_loss(model(x), target).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model
@@ -65,6 +69,7 @@ def compare(make_quantizer, net: Net, stem, *, inputs: int = 3, steps: int = 6, 
         with torch.no_grad():
             wide.append(copied(x.double()).numpy())
         found.append(output.reshape(wanted[-1].shape).astype(np.float64))
+    assert np.mean(wanted[0] != wanted[-1]) > 0.2, "the network has collapsed: its result does not depend on its input"
     step = quantizer.deployed_layers()[-1].output_scale
     states = quantizer.coverage()
     return Comparison(deployed, 1.0 - states.share(LayerState.FLOAT), min(map(sqnr_db, wanted, found)),

@@ -237,9 +237,13 @@ ZOO: Dict[str, Net] = {
 
 
 def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give batch norms statistics and affines as training leaves them, some factors negative."""
+    """Give batch norms statistics and affines as training leaves them, some factors negative, and signals that last."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            with torch.no_grad():
+                size = (2.0 / module.weight[0].numel()) ** 0.5
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * size)
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.num_features, generator=generator) * 0.4 + 1.0)
