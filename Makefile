@@ -106,6 +106,10 @@ bench: env-torch env-tf1 env-tf2 ## Run every benchmark of tests/bench in its en
 	@for bench in $(torch_benches); do .venv/torch/bin/python $$bench; done
 	@for bench in $(hooks_benches); do .venv/tf1/bin/python $$bench; .venv/tf2/bin/python $$bench; done
 
+.PHONY: docs
+docs: env-torch ## Build the pages of docs/ and the API reference into build/site
+	.venv/torch/bin/mkdocs build --strict
+
 # --- distribution -----------------------------------------------------------------------------------------
 
 # The wheel is built from the sdist, so nothing that an earlier build left here can slip into it.

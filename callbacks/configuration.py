@@ -1,9 +1,10 @@
 """Callbacks from a pipeline: one file, or one line for a flag, in the place of constructors."""
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
-from typing import Any, Dict, List, Type, Union
+from typing import Any, Dict, List, Optional, Type, Union
 
 from slimtrain.callbacks.callback import CompressionCallback
 from slimtrain.callbacks.ema_callback import EMAQuantizerCallback
@@ -40,13 +41,14 @@ _WITH_CHECKPOINTS = (Kind.QUANTIZE,)
 
 
 def from_config(path_or_text: Union[str, os.PathLike[str], Pipeline], *, module: str = "",
-                report: bool = True) -> List[Callback]:
+                export_to: Optional[str] = None, report: bool = True) -> List[Callback]:
     """The callbacks of a pipeline, for ``Trainer(callbacks=[...])``.
 
     Args:
         path_or_text: a pipeline file, its text, its one-line form, or the pipeline itself; see
             :func:`slimtrain.core.load_pipeline`. ``slimtrain.hooks.from_config`` takes the same.
         module: dotted path of the submodule to compress; "" for the whole LightningModule.
+        export_to: path without suffix of the files, instead of the pipeline's own.
         report: add a :class:`CompressionReportCallback`, with a page where the extra ``report`` is installed.
 
     Raises:
@@ -55,6 +57,8 @@ def from_config(path_or_text: Union[str, os.PathLike[str], Pipeline], *, module:
     pipeline = path_or_text if isinstance(path_or_text, Pipeline) else load_pipeline(path_or_text)
     if pipeline.export.checkpoints and pipeline.last.KIND not in _WITH_CHECKPOINTS:
         raise PipelineError("export: checkpoints=true needs a quantize stage: its callback exports beside checkpoints")
+    if export_to is not None:
+        pipeline = dataclasses.replace(pipeline, export=dataclasses.replace(pipeline.export, to=export_to))
     callbacks: List[Callback] = [_CALLBACKS[stage.OBJECT](**_arguments(stage, pipeline), module=module)
                                  for stage in pipeline.stages]
     if report:

@@ -59,7 +59,7 @@ from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
 from slimtrain.core.observers import Observation, observe, observe_sample, sample_stride
 from slimtrain.core.pipeline import Pipeline, PipelineError
-from slimtrain.core.pipeline_flag import add_compress_flag
+from slimtrain.core.pipeline_flag import add_compress_flag, define_compress_flag
 from slimtrain.core.pipeline_schema import pipeline_schema
 from slimtrain.core.pipeline_text import load_pipeline, to_short, to_yaml
 from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, PlannedCall, Quantizer, Role, place
@@ -211,6 +211,7 @@ __all__ = [
     "check_moment",
     "choose_channels",
     "compose_chain",
+    "define_compress_flag",
     "dequantize",
     "describe_factorized",
     "entropy_threshold",

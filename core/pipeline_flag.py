@@ -1,4 +1,4 @@
-"""The flag ``--compress`` for command lines made with argparse, or with what builds on it, as LightningCLI."""
+"""The flag ``--compress``, for argparse and what builds on it (LightningCLI), and for absl (``tf.app.flags``)."""
 from __future__ import annotations
 
 import argparse
@@ -19,6 +19,26 @@ def add_compress_flag(parser: Any, name: str = "--compress") -> None:
         name: of the flag.
     """
     parser.add_argument(name, type=compress_argument, default=None, metavar="PIPELINE", help=HELP)
+
+
+def define_compress_flag(flags: Any, name: str = "compress") -> None:
+    """Define a flag whose value is the text of a pipeline, checked when flags are parsed; None where it is not given.
+
+    Args:
+        flags: the module ``absl.flags``, or ``tf.app.flags``, which is the same.
+        name: of the flag.
+    """
+    flags.DEFINE_string(name, None, HELP)
+
+    def is_pipeline(text: Any) -> bool:
+        if text:
+            try:
+                load_pipeline(text)
+            except PipelineError as error:
+                raise flags.ValidationError(str(error)) from error
+        return True
+
+    flags.register_validator(name, is_pipeline)
 
 
 def compress_argument(text: str) -> Pipeline:

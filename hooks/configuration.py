@@ -31,7 +31,7 @@ _HOOKS: Dict[str, Type[ExportingHook]] = {
 
 
 def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequence[str],
-                graph: Optional[tf.Graph] = None, train_steps: Optional[int] = None,
+                export_to: Optional[str] = None, graph: Optional[tf.Graph] = None, train_steps: Optional[int] = None,
                 epoch_steps: Optional[float] = None, init_checkpoint: Optional[str] = None,
                 checkpoint_dir: Optional[str] = None, is_training: Optional[bool] = None,
                 is_chief: bool = True) -> List[ExportingHook]:
@@ -43,6 +43,7 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
         path_or_text: a pipeline file, its text, its one-line form, or the pipeline itself; see
             :func:`slimtrain.core.load_pipeline`. ``slimtrain.callbacks.from_config`` takes the same.
         output_names: what leaves the network.
+        export_to: path without suffix of the files, instead of the pipeline's own.
         graph: the forward graph; None for the default graph.
         train_steps: global steps of the whole training, where the pipeline speaks of parts of it.
         epoch_steps: global steps of an epoch, where it speaks of epochs.
@@ -56,7 +57,7 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
         ValueError: ``train_steps`` or ``epoch_steps`` is missing; otherwise as the hooks.
     """
     pipeline = path_or_text if isinstance(path_or_text, Pipeline) else load_pipeline(path_or_text)
-    folder, name = os.path.split(pipeline.export.to)
+    folder, name = os.path.split(pipeline.export.to if export_to is None else export_to)
     common: Dict[str, Any] = {"graph": graph if graph is not None else tf.get_default_graph(), "is_chief": is_chief,
                               "output_names": output_names, "export_dir": folder or None}
     hooks = []

@@ -7,7 +7,7 @@ import pytest
 
 import tf_nets
 from mnn_weights import decode
-from slimtrain.core import Kind, PipelineError, load_pipeline, sqnr_db
+from slimtrain.core import Kind, PipelineError, define_compress_flag, load_pipeline, sqnr_db
 from slimtrain.core.stages import STAGES
 from slimtrain.hooks import LSQQuantizerHook, SIMDOCPrunerHook, WeightQuantizerHook, from_config
 from slimtrain.hooks.configuration import _HOOKS
@@ -57,8 +57,8 @@ def images():
 
 def test_prune_then_quantize_from_one_file(tmp_path):
     path = tmp_path / "compress.yaml"
-    path.write_text(u"pipeline:\n- prune: simd_oc\n  sparsity: 0.5\n  total_pruning_iterations: 2\n"
-                    u"  sensitivity_steps: 1\n  begin: 0.0\n  end: 1 epoch\n- quantize: lsq\n- export: %s\n"
+    path.write_text("pipeline:\n- prune: simd_oc\n  sparsity: 0.5\n  total_pruning_iterations: 2\n"
+                    "  sensitivity_steps: 1\n  begin: 0.0\n  end: 1 epoch\n- quantize: lsq\n- export: %s\n"
                     % (tmp_path / "out" / "net"), encoding="utf-8")
     (pruner, quantizer), simulated = run(path, tmp_path / "run", train_steps=6, epoch_steps=3)
     assert (type(pruner), type(quantizer)) == (SIMDOCPrunerHook, LSQQuantizerHook)
@@ -78,7 +78,8 @@ def test_weights_alone(tmp_path):
 
 def test_only_the_first_stage_restores(tmp_path):
     run(load_pipeline("prune:snip,sensitivity_steps=1,total_pruning_iterations=1"), tmp_path / "first", train_steps=6)
-    hooks, _ = run("quantize:lsq", tmp_path / "second", init_checkpoint=tf.train.latest_checkpoint(str(tmp_path / "first")))
+    trained = tf.train.latest_checkpoint(str(tmp_path / "first"))
+    hooks, _ = run("quantize:lsq", tmp_path / "second", init_checkpoint=trained)
     assert len(hooks) == 1
 
 
@@ -90,3 +91,13 @@ def test_what_cannot_work_is_refused_before_the_session(config, message):
         network()
         with pytest.raises((PipelineError, ValueError), match=message):
             from_config(config, output_names=["logits"])
+
+
+def test_the_flag_is_checked_where_flags_are(tmp_path):
+    flags = tf.app.flags if hasattr(tf, "app") else tf.flags
+    values = flags.FLAGS
+    define_compress_flag(flags, "compress_test")
+    values(["program", "--compress_test", "quantize:lsq,bits=4"])
+    assert load_pipeline(values.compress_test).last.bits == 4
+    with pytest.raises(Exception, match="bits must be an integer from 2 to 8, got 9"):
+        values(["program", "--compress_test", "quantize:lsq,bits=9"])
