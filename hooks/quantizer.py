@@ -369,8 +369,8 @@ class GraphQuantizer:
 
     def _sources(self, sess: tf.Session) -> List[LayerSource]:
         if not self.ready(sess):
-            raise RuntimeError("the scales have not been set: run at least one training step, or restore a checkpoint "
-                               "of a quantized run, before saving or exporting")
+            raise RuntimeError("the scales have not been set: run at least one training step, on finite numbers, or "
+                               "restore a checkpoint of a quantized run, before saving or exporting")
         grids = self.current_grids(sess)
         return [self._source(call, grids) for call in self._placement.calls]
 
