@@ -7,6 +7,7 @@ from torch import nn
 
 from slimtrain.callbacks.quantizer_callback import QuantizerCallback
 from slimtrain.callbacks.waq_quantizer import WAQQuantizer
+from slimtrain.core.winograd_choice import check_sqnr
 
 
 class WAQQuantizerCallback(QuantizerCallback):
@@ -36,7 +37,7 @@ class WAQQuantizerCallback(QuantizerCallback):
                  export_to: Optional[str] = None, export_checkpoints: bool = False) -> None:
         super().__init__(module, calibration_batches, export_to, export_checkpoints)
         WAQQuantizer.check(bits, weight_bits, activation_bits, "online", scale_lr_ratio)
-        WAQQuantizer.check_sqnr(min_sqnr_db)
+        check_sqnr(min_sqnr_db)
         self._arguments: Dict[str, Any] = {
             "skip_quant_layers": tuple(skip_quant_layers or ()), "bits": bits, "debug_info": debug_info,
             "retain_sparsity": retain_sparsity, "min_sqnr_db": min_sqnr_db, "weight_bits": weight_bits,

@@ -16,9 +16,10 @@ from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
 from slimtrain.callbacks.simulation import Simulation
 from slimtrain.callbacks.tracking import Call
 from slimtrain.callbacks.winograd import WinogradLayerScales, possible_forms, winograd_conv, winograd_on_device
-from slimtrain.callbacks.winograd_trial import WinogradChoice, WinogradTrial, geometry_of
+from slimtrain.callbacks.winograd_trial import WinogradTrial, geometry_of
 from slimtrain.core import Grid, WinogradForm, WinogradScales
 from slimtrain.core import Quantizer as Owner
+from slimtrain.core.winograd_choice import WinogradChoice, check_sqnr
 from slimtrain.proto import QuantMethod
 
 logger = logging.getLogger(__name__)
@@ -51,22 +52,12 @@ class WAQQuantizer(LSQQuantizer):
                  debug_info: bool = False, retain_sparsity: bool = False, *, min_sqnr_db: float = 25.0,
                  weight_bits: Optional[int] = None, activation_bits: Optional[int] = None,
                  unsigned_activations: bool = True, scale_lr_ratio: float = 1.0) -> None:
-        self.check_sqnr(min_sqnr_db)
+        check_sqnr(min_sqnr_db)
         super().__init__(model, skip_quant_layers, bits, debug_info, retain_sparsity=retain_sparsity,
                          weight_bits=weight_bits, activation_bits=activation_bits,
                          unsigned_activations=unsigned_activations, scale_lr_ratio=scale_lr_ratio)
         self.min_sqnr_db = min_sqnr_db
         self.choices: Tuple[WinogradChoice, ...] = ()  #: of each candidate, once scales have been chosen
-
-    @staticmethod
-    def check_sqnr(min_sqnr_db: float) -> None:
-        """Check the argument before there is a model.
-
-        Raises:
-            ValueError: not a number.
-        """
-        if isinstance(min_sqnr_db, bool) or not isinstance(min_sqnr_db, (int, float)) or min_sqnr_db != min_sqnr_db:
-            raise ValueError("min_sqnr_db must be a number of decibels, got %r" % (min_sqnr_db,))
 
     @property
     def forms(self) -> Dict[str, WinogradForm]:

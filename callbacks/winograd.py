@@ -13,7 +13,8 @@ from slimtrain.callbacks.deployment import IntegerLayer
 from slimtrain.callbacks.fake_quant import Range, fake_quantize
 from slimtrain.callbacks.layer_scales import Bits, LayerScales, positive
 from slimtrain.core import Grid, WinogradForm
-from slimtrain.core.winograd import LARGEST_TRANSFORMED, WINOGRAD_TILES, kronecker, largest_ratio, transforms
+from slimtrain.core.winograd import LARGEST_TRANSFORMED, kronecker, largest_ratio, transforms
+from slimtrain.core.winograd_choice import forms_of_kernel
 
 _EXACT = 1 << 24  # integers up to here are exact in float32
 
@@ -77,10 +78,9 @@ def possible_forms(layer: nn.Module) -> Tuple[WinogradForm, ...]:
     """The forms that can compute a layer, the one with the fewest products first; () when none can."""
     if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
         return ()
-    kernel = layer.kernel_size[0]
-    if layer.kernel_size != (kernel, kernel) or kernel < 2 or layer.stride != (1, 1) or layer.dilation != (1, 1):
+    if layer.stride != (1, 1) or layer.dilation != (1, 1):
         return ()
-    return tuple(WinogradForm(tile - kernel + 1, kernel) for tile in WINOGRAD_TILES if tile > kernel)
+    return forms_of_kernel(layer.kernel_size)
 
 
 def geometry(padding: Union[str, int, Tuple[int, ...]], kernel: int) -> Geometry:

@@ -13,12 +13,13 @@ from slimtrain.hooks.low_rank_structure import apply_structure, structure_in, st
 from slimtrain.hooks.lsq_quantizer import LSQQuantizer
 from slimtrain.hooks.oaq_quantizer import OAQQuantizer
 from slimtrain.hooks.pruner_hooks import SIMDOCPrunerHook, SNIPLevelPrunerHook, TaylorFOChannelPrunerHook
-from slimtrain.hooks.quantizer_hooks import EMAQuantizerHook, LSQQuantizerHook, OAQQuantizerHook
+from slimtrain.hooks.quantizer_hooks import EMAQuantizerHook, LSQQuantizerHook, OAQQuantizerHook, WAQQuantizerHook
 from slimtrain.hooks.sensitivity import SensitivityAnalyzer
 from slimtrain.hooks.simd_oc_pruner import SIMDOCPruner
 from slimtrain.hooks.snip_pruner import SNIPLevelPruner
 from slimtrain.hooks.strip import MNN_QAT_variables, get_qat_state_placeholder, strip_MNN_QAT_ops
 from slimtrain.hooks.taylor_fo_pruner import TaylorFOChannelPruner
+from slimtrain.hooks.waq_quantizer import WAQQuantizer
 from slimtrain.hooks.weight_file import get_op_weight_values
 from slimtrain.hooks.weight_quantizer import WeightQuantizer, strip_wq_ops
 from slimtrain.hooks.weight_quantizer_hook import WeightQuantizerHook
@@ -44,6 +45,8 @@ __all__ = [
     "SensitivityAnalyzer",
     "TaylorFOChannelPruner",
     "TaylorFOChannelPrunerHook",
+    "WAQQuantizer",
+    "WAQQuantizerHook",
     "WeightQuantizer",
     "WeightQuantizerHook",
     "apply_structure",

@@ -90,5 +90,5 @@ def _scale_gradient(terms: tf.Tensor, step: tf.Tensor, upper: tf.Tensor) -> tf.T
     shape = step.shape.as_list()
     sizes = terms.shape.as_list()
     axes = [axis for axis, size in enumerate([1] * (len(sizes) - len(shape)) + shape) if size == 1]
-    count = float(np.prod([sizes[axis] for axis in axes]))
-    return tf.reshape(tf.reduce_sum(terms, axis=axes), shape) * tf.rsqrt(max(count, 1.0) * upper)
+    count = tf.maximum(tf.cast(tf.size(terms), terms.dtype) / float(np.prod(shape)), 1.0)
+    return tf.reshape(tf.reduce_sum(terms, axis=axes), shape) * tf.rsqrt(count * upper)

@@ -9,6 +9,7 @@ from slimtrain.hooks.ema_quantizer import EMAQuantizer
 from slimtrain.hooks.lsq_quantizer import LSQQuantizer
 from slimtrain.hooks.oaq_quantizer import OAQQuantizer
 from slimtrain.hooks.session_hook import QuantizerHook
+from slimtrain.hooks.waq_quantizer import WAQQuantizer
 from slimtrain.hooks.warm_start import start_from_checkpoint
 
 
@@ -106,3 +107,35 @@ class OAQQuantizerHook(QuantizerHook):
             graph, is_training, skip_quant_layers, skip_quant_flag, bits, min_clamp_value, debug_info, retain_sparsity,
             weight_bits=weight_bits, activation_bits=activation_bits, unsigned_activations=unsigned_activations,
             output_names=output_names), export_dir, output_names, is_chief)
+
+
+class WAQQuantizerHook(QuantizerHook):
+    """``WAQQuantizer`` as a hook; the arguments it shares mean the same.
+
+    Construct it after the model, and before the optimizer and the session.
+
+    Args:
+        export_dir: where ``model.pb`` and ``model.compress_params.bin`` go at the end, and a pair for every checkpoint;
+            None for the folder of the checkpoints.
+        output_names: what leaves the network; without it nothing is exported.
+        init_checkpoint: a float checkpoint that a fresh run starts from; variables it does not hold start as usual.
+        is_chief: whether this process exports and takes decisions, as given to the session.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``WAQQuantizer``; no checkpoint at ``init_checkpoint``;
+            an ``export_dir`` without ``output_names``.
+    """
+
+    def __init__(self, graph: Optional[tf.Graph] = None, is_training: Optional[bool] = None,
+                 skip_quant_layers: Sequence[str] = (), skip_quant_flag: Sequence[str] = (), bits: int = 8,
+                 debug_info: bool = False, retain_sparsity: bool = False, *, min_sqnr_db: float = 25.0,
+                 weight_bits: Optional[int] = None, activation_bits: Optional[int] = None,
+                 unsigned_activations: bool = True, output_names: Optional[Sequence[str]] = None,
+                 export_dir: Optional[str] = None, init_checkpoint: Optional[str] = None,
+                 is_chief: bool = True) -> None:
+        if init_checkpoint is not None:
+            start_from_checkpoint(graph if graph is not None else tf.get_default_graph(), init_checkpoint)
+        super().__init__(WAQQuantizer(
+            graph, is_training, skip_quant_layers, skip_quant_flag, bits, debug_info, retain_sparsity,
+            min_sqnr_db=min_sqnr_db, weight_bits=weight_bits, activation_bits=activation_bits,
+            unsigned_activations=unsigned_activations, output_names=output_names), export_dir, output_names, is_chief)

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 from slimtrain.core import Activation, Grid, IntegerConv, input_levels, same_padding, simulate_conv
+from slimtrain.core.winograd import simulate_winograd
 from slimtrain.hooks.deployment import DeployedLayer
 from slimtrain.hooks.export import inference_copy, without_dropout
 from slimtrain.hooks.graph import connect, edges_from, find_tensor
@@ -69,7 +70,10 @@ def _integer_layer(graph: tf.Graph, deployed: DeployedLayer) -> tf.Tensor:
     def compute(values: np.ndarray) -> np.ndarray:
         levels = input_levels(values, params.input_scale, params.input_grid)
         image = levels[:, None, None, :] if layer.kind is LayerKind.MATMUL else levels
-        result = simulate_conv(np.moveaxis(image, -1, 1), _integer_conv(deployed, image.shape[1:3]))
+        conv = _integer_conv(deployed, image.shape[1:3])
+        channels_first = np.moveaxis(image, -1, 1)
+        result = simulate_conv(channels_first, conv) if params.winograd is None else simulate_winograd(
+            channels_first, conv, params.winograd)
         real = np.moveaxis(result, 1, -1).astype(np.float32) * np.float32(params.output_scale)
         return real[:, 0, 0, :] if layer.kind is LayerKind.MATMUL else real
 

@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 ONE_SIDED = {
     "EMAQuantizer": "issue 6 brings it to PyTorch",
     "OAQQuantizer": "issue 6 brings it to PyTorch",
-    "WAQQuantizer": "issue 6 brings it to TensorFlow",
     "OfflineQuantizer": "a module is calibrated by running it; frozen graphs are issue 6's third part",
 }
 

@@ -130,7 +130,9 @@ def test_file_holds_exactly_the_trained_integers(mode, bits, block, tmp_path):
         made.export(str(tmp_path / "net"), run)
         (expected,) = made.simulate(run, [y.name], {"x:0": x})
         stored = made.stored_weights(run)
-        gammas = run.run({"c1/conv": "b1/gamma:0", "d1/depthwise": "bd/gamma:0", "d2/depthwise": "bd2/gamma:0"})
+        variables = {variable.op.name: variable for variable in graph.get_collection(tf.GraphKeys.GLOBAL_VARIABLES)}
+        norms = (("c1/conv", "b1"), ("d1/depthwise", "bd"), ("d2/depthwise", "bd2"))
+        gammas = run.run({name: variables[norm + "/gamma"] for name, norm in norms})
     np.testing.assert_allclose(live, expected, atol=1e-5)
     path = str(tmp_path / "net")
     conversion = convert(path + ".pb", path + ".mnn", path + ".compress_params.bin")
