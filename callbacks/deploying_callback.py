@@ -16,6 +16,9 @@ from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
 
+# operations that MNN approximates in float, such as an erf, stay above it
+_SUSPICIOUS_DB = 40.0
+
 
 class Deployable(Protocol):
     """The object behind such a callback: a simulation on a model, and the way to its files."""
@@ -209,6 +212,10 @@ class DeployingCallback(CompressionCallback):
         logger.info("wrote %s: %d bytes, %.0f %% of the weights quantized, %.0f dB against the simulation",
                     self.deployed.mnn, self.deployed.bytes, 100 * _share(self.quantizer.coverage()),
                     self.deployed.sqnr_db)
+        if self.deployed.sqnr_db < _SUSPICIOUS_DB:
+            logger.warning("what MNN computes from %s agrees with what was trained to %.1f dB only: do not deploy it "
+                           "before you know which layer differs; skip_quant_layers keeps layers in float",
+                           self.deployed.mnn, self.deployed.sqnr_db)
 
     def checkpoint_saved(self, trainer: Any, path: str) -> None:
         if self.export_checkpoints and trainer.is_global_zero and self.is_ready():

@@ -18,7 +18,8 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from nets import Lit, Resumable, Small, StepOnly, images, loader, trainer
-from slimtrain.callbacks import LSQQuantizer, LSQQuantizerCallback
+from slimtrain.callbacks import Deployed, LSQQuantizer, LSQQuantizerCallback
+from slimtrain.core import Coverage
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 X = images(4, seed=9)[0]
@@ -364,6 +365,14 @@ def test_files_at_the_end_of_fit(tmp_path):
     trainer(tmp_path, callback, max_epochs=1).fit(model, loader())
     assert {"Lit.onnx", "Lit.compress_params.bin", "Lit.mnn"} <= set(os.listdir(tmp_path))
     assert callback.deployed.sqnr_db >= 100 and callback.deployed.coverage.fraction == 1.0
+
+
+def test_a_file_that_computes_something_else_is_called_so(tmp_path, monkeypatch, caplog):
+    callback = LSQQuantizerCallback(export_to=str(tmp_path / "out"))
+    monkeypatch.setattr(callback, "deploy", lambda stem: Deployed(stem + ".mnn", Coverage(()), 21.5, 100))
+    with caplog.at_level(logging.WARNING, "slimtrain"):
+        trainer(tmp_path, callback, max_epochs=1, limit_train_batches=1).fit(seeded(), loader())
+    assert "agrees with what was trained to 21.5 dB only" in caplog.text
 
 
 def test_files_hold_the_weights_that_averaging_leaves(tmp_path):
