@@ -91,14 +91,14 @@ def network(x, training):
     return dense(tf.nn.relu(dense(y, "hidden", 128)), "logits", 10)
 
 
-def train(folder, images, labels, steps, rate, progress, title, make_hook=None):
+def train(folder, images, labels, steps, rate, progress, title, make_hooks=None):
     """Train in a monitored session; returns the last checkpoint."""
     with tf.Graph().as_default():
         tf.set_random_seed(SEED)
         x = tf.placeholder(tf.float32, [None, 8, 8, 1], name="image")
         wanted = tf.placeholder(tf.int64, [None], name="label")
         logits = network(x, training=True)
-        hooks = [make_hook()] if make_hook else []  # before the optimizer: gradients go through what it inserts
+        hooks = make_hooks() if make_hooks else []  # before the optimizer: gradients go through what it inserts
         loss = tf.losses.sparse_softmax_cross_entropy(wanted, logits)
         step = tf.train.get_or_create_global_step()
         with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
@@ -185,8 +185,8 @@ def main():
         float_checkpoint = train(os.path.join(work, "float"), images, labels, FLOAT_STEPS, 3e-3, progress, "float")
         qat_checkpoint = train(
             os.path.join(work, "int8"), images, labels, QAT_STEPS, 5e-4, progress, "fine-tuning in int8",
-            lambda: LSQQuantizerHook(is_training=True, output_names=[OUTPUT], export_dir=out,
-                                     init_checkpoint=float_checkpoint))
+            lambda: [LSQQuantizerHook(is_training=True, output_names=[OUTPUT], export_dir=out,
+                                      init_checkpoint=float_checkpoint)])
     export_float(float_checkpoint, os.path.join(out, "float.pb"))
     float_accuracy, _, _ = test(float_checkpoint, test_images, test_labels, quantized=False)
     fake_accuracy, fake, simulated = test(qat_checkpoint, test_images, test_labels, quantized=True)

@@ -88,7 +88,7 @@ def expand_layer(own: OwnWeight, how: Expansion, training: Optional[tf.Tensor]) 
         RuntimeError: the layer was expanded before.
     """
     graph, op = own.layer.op.graph, own.layer.op
-    tap = tap_of(own) if how.bypass else None
+    tap = _tap(own) if how.bypass else None
     with graph.as_default(), tf.control_dependencies(None), tf.name_scope(None):
         parts = _make_parts(own, how, tap)
         variables = [part for part in parts if part is not None]
@@ -108,7 +108,7 @@ def expand_layer(own: OwnWeight, how: Expansion, training: Optional[tf.Tensor]) 
     return variables, tap is not None
 
 
-def bias_edge(own: OwnWeight) -> Optional[Edge]:
+def _bias_edge(own: OwnWeight) -> Optional[Edge]:
     """Where the layer's bias is read."""
     layer = own.layer
     if layer.bias is None:
@@ -117,7 +117,7 @@ def bias_edge(own: OwnWeight) -> Optional[Edge]:
     return Edge(reader, next(i for i, source in enumerate(reader.inputs) if source.name == layer.bias.name))
 
 
-def tap_of(own: OwnWeight) -> Optional[Tuple[int, ...]]:
+def _tap(own: OwnWeight) -> Optional[Tuple[int, ...]]:
     """The position of the kernel that passes the input through; None where output and input differ in shape."""
     inputs, outputs = _channels(own)
     if inputs != outputs:
@@ -210,10 +210,10 @@ def _merged(own: OwnWeight, parts: Parts, statistics: Optional[Statistics], tap:
 def _normalize(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional[Sequence[int]],
                training: Optional[tf.Tensor], made: Composition) -> Composition:
     """The training path, which readers of the layer move to, and the bias that belongs to each form."""
-    layer, edge = own.layer, bias_edge(own)
+    layer, edge = own.layer, _bias_edge(own)
     if edge is not None:
         made = made._replace(bias_variable=variables_behind(layer.bias)[0], merged_bias=_bias(
-            own, parts, averages, "merged_bias").name)
+            layer.bias, parts, averages, "merged_bias").name)
     statistics = averages
     if training is not None:
         readers = edges_from(layer.op.outputs[0])
@@ -221,15 +221,14 @@ def _normalize(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional
         connect(readers, result)
         made = made._replace(result=result.name)
     if edge is not None:
-        bias = _bias(own, parts, statistics, "bias")
+        bias = _bias(layer.bias, parts, statistics, "bias")
         connect([edge], bias)
         made = made._replace(bias=bias.name)
     return made
 
 
-def _bias(own: OwnWeight, parts: Parts, statistics: Statistics, name: str) -> tf.Tensor:
+def _bias(bias: tf.Tensor, parts: Parts, statistics: Statistics, name: str) -> tf.Tensor:
     """The layer's bias less what the normalization takes out."""
-    bias = own.layer.bias
     shift = tf.matmul(statistics.middle_mean[None], parts.ends(statistics)[1])
     return tf.subtract(bias, tf.reshape(shift, bias.shape.as_list()), name=name)
 

@@ -7,12 +7,12 @@ from typing import Any, Collection, List, Optional, Sequence, Tuple
 import tensorflow.compat.v1 as tf
 
 from slimtrain.core import ExpandedLine, select
-from slimtrain.hooks.compositions import compositions
 from slimtrain.hooks.expansion import Expansion, expand_layer
 from slimtrain.hooks.float_network import FloatNetwork
-from slimtrain.hooks.graph import variables_behind
+from slimtrain.hooks.graph import ancestors, find_tensor, variables_behind
 from slimtrain.hooks.layers import Layer, LayerKind
 from slimtrain.hooks.low_rank import PathLike, check_decomposable
+from slimtrain.hooks.operations import read_network
 from slimtrain.hooks.own_weights import UNREAD, OwnWeight, find_own_weights, is_read
 from slimtrain.proto import save_parameterless
 
@@ -43,6 +43,7 @@ class LOP:
         check_decomposable(self.graph)
         self._fixed_state = is_training
         self._state: Optional[tf.Tensor] = None
+        self._expanded: Optional[FloatNetwork] = None
         #: every layer with weights and what became of it
         self.report: Tuple[ExpandedLine, ...] = ()
 
@@ -104,6 +105,9 @@ class LOP:
         how = Expansion(expand_rate, add_batchnorm, add_bypass, keep_weights)
         made = {name: expand_layer(weight, how, training) for name, weight in chosen.items()}
         self.report = tuple(_line(layer, made.get(name), reasons.get(name, "")) for name, layer in layers.items())
+        with self.graph.as_default(), tf.control_dependencies(None), tf.name_scope(None):
+            network = read_network(self.graph, None)
+        self._expanded = FloatNetwork(self.graph.as_graph_def(), network, ())
         logger.info("expanded %d of %d layers", len(made), len(layers))
 
     def linear_merge_layers(self, sess: tf.Session, output_names: Sequence[str]) -> Any:
@@ -113,20 +117,20 @@ class LOP:
 
         Args:
             sess: holds the trained variables; the graph may be finalized.
-            output_names: tensors or operations that leave the network.
+            output_names: tensors or operations that leave the network, made before it was expanded.
 
         Raises:
             RuntimeError: nothing has been expanded, or ``sess`` is of another graph.
             ValueError: an output that does not exist.
             ConversionError: a part of the graph has no inference form.
         """
-        if not compositions(self.graph):
+        if self._expanded is None:
             raise RuntimeError("nothing is expanded: call linear_expand_layers first")
         if getattr(sess, "graph", None) is not self.graph:
             raise RuntimeError("the session is not of the graph that was expanded")
-        with tf.Graph().as_default() as copy:
-            tf.import_graph_def(self.graph.as_graph_def(), name="")
-        return FloatNetwork.read(copy, output_names).frozen(sess)
+        outputs = [find_tensor(self.graph, name).op for name in output_names]
+        return self._expanded._replace(network=self._expanded.network._replace(within=ancestors(outputs)),
+                                       outputs=tuple(output_names)).frozen(sess)
 
     def _training(self) -> tf.Tensor:
         """1.0 in training, 0.0 in tests."""

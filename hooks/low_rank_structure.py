@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Mapping, Sequence, Union
+from typing import Any, List, Mapping, Sequence, Union
 
 import tensorflow.compat.v1 as tf
 
@@ -33,7 +33,7 @@ def structure_in(checkpoint: PathLike, graph: tf.Graph) -> Structure:
     shapes = weight_shapes(checkpoint)
     found: Structure = {}
     for name, own in find_own_weights(graph)[1].items():
-        links = []
+        links: List[List[int]] = []
         while "{}/factor_{}".format(own.variable.op.name, len(links)) in shapes:
             links.append(shapes["{}/factor_{}".format(own.variable.op.name, len(links))])
         if links:

@@ -155,7 +155,7 @@ def fit(seed, epochs, rate, folder, make_hook=None):
                 for start in range(0, STEPS_OF_EPOCH * BATCH, BATCH):
                     chosen = order[start:start + BATCH]
                     run.run(train, {x: images[chosen], wanted: labels[chosen]})
-            sparsity = run.run(hook.pruner.sparsity) if hook else 0.0
+            sparsity = run.run(hook.pruner.sparsity) if hasattr(hook, "pruner") else 0.0
     return float(sparsity)
 
 

@@ -159,6 +159,24 @@ def test_weights_are_kept_on_request(name, norm):
     assert np.ptp(first) > 0
 
 
+def test_a_finalized_training_graph_merges_with_its_averages():
+    with tf.Graph().as_default() as graph:
+        x, logits = structure_run.network()
+        lop = LOP(graph, True)
+        lop.linear_expand_layers(2, None)
+        tf.train.GradientDescentOptimizer(0.1).minimize(tf.reduce_sum(logits))
+        init = tf.global_variables_initializer()
+    graph.finalize()
+    with session(graph) as run:
+        run.run(init)
+        merged = lop.linear_merge_layers(run, ["logits"])
+        averages = run.run(next(v for v in graph.get_collection("variables") if v.op.name == "b0/moving_variance"))
+    nodes = {node.name: node for node in merged.node}
+    assert not nodes["b0/norm"].attr["is_training"].b and nodes["c1/conv"].op == "Conv2D"
+    assert {"c0/kernel", "c1/kernel", "c2/kernel", "fc/kernel"} <= set(nodes)
+    np.testing.assert_array_equal(tf.make_ndarray(nodes["b0/moving_variance"].attr["value"].tensor), averages)
+
+
 def test_gradients_reach_every_part():
     built = Built("3x3", True, True, True, is_training=True)
     with built.graph.as_default():
