@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, Collection, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,12 @@ from slimtrain.callbacks.expanded import EXPANDED, ExpandedLayer
 from slimtrain.callbacks.expansion import expand_layer, merge_layer
 from slimtrain.callbacks.factors import shared_weights, why_dense
 from slimtrain.callbacks.layers import layer_kind, weight_count
-from slimtrain.core import select
+from slimtrain.core import ExpandedLine, select
 from slimtrain.proto import save_parameterless
 
 logger = logging.getLogger(__name__)
 
 PathLike = Union[str, "os.PathLike[str]"]
-
-
-class ExpandedLine(NamedTuple):
-    """One line of the report; ``reason`` says why a layer is not expanded."""
-
-    name: str
-    kind: str
-    parameters: Tuple[int, int]  #: weights before and after
-    bypass: bool
-    reason: str
 
 
 class LOP:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from typing import Any, Collection, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, Collection, Dict, Optional, Sequence, Tuple, Union
 
 from torch import Tensor, nn
 
@@ -27,11 +27,13 @@ from slimtrain.core import (
     BudgetRanks,
     Cost,
     Factorization,
+    FactorizedLayer,
     Kernel,
     RankPlan,
     RankRule,
     analyse_weight,
     chain_error,
+    describe_factorized,
     natural_factorization,
     plan_layers,
     select,
@@ -43,19 +45,6 @@ from slimtrain.proto import save_parameterless
 logger = logging.getLogger(__name__)
 
 PathLike = Union[str, "os.PathLike[str]"]
-
-
-class FactorizedLayer(NamedTuple):
-    """One line of the report; ``ranks`` is empty and ``reason`` says why where a layer is left as it is."""
-
-    name: str
-    kind: str
-    factorization: str
-    ranks: Tuple[int, ...]
-    parameters: Tuple[int, int]      #: weights before and after
-    multiply_adds: Tuple[int, int]   #: before and after; per output position where no example input was given
-    error: float                     #: |weight - product of its factors| / |weight|
-    reason: str
 
 
 class LowRankDecomposition:
@@ -177,17 +166,10 @@ def low_rank_decompose(model: nn.Module, compress_params_file: Optional[PathLike
     return decomposition.apply(model if in_place else copy.deepcopy(model))
 
 
-def log_report(report: Collection[FactorizedLayer]) -> None:
+def log_report(report: Sequence[FactorizedLayer]) -> None:
     """One line per layer, and one for the model."""
-    for line in report:
-        if line.ranks:
-            logger.info("%s: %s %s, %d weights instead of %d, relative error %.3f", line.name, line.factorization,
-                        line.ranks, line.parameters[1], line.parameters[0], line.error)
-        else:
-            logger.info("%s is left as it is: %s", line.name, line.reason)
-    before, after = (sum(line.parameters[index] for line in report) for index in (0, 1))
-    logger.info("decomposed %d of %d layers: %d of %d weights are left (%.1f %%)",
-                sum(bool(line.ranks) for line in report), len(report), after, before, 100 * after / before)
+    for line in describe_factorized(report):
+        logger.info("%s", line)
 
 
 def _weighted(model: nn.Module) -> Dict[str, nn.Module]:
