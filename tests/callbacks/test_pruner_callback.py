@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+# pytest has done so, but this module is also imported by the processes that it starts
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+from mnn_weights import decode
 from nets import Lit, StepOnly, images, loader, trainer
 from slimtrain.callbacks import (
     LSQQuantizerCallback,
@@ -285,6 +288,9 @@ def test_pruning_and_quantization_in_one_run_deploy_exactly_with_every_zero_kept
     for name, keep in pruning.pruner.state_dict()["keep"].items():
         dead = ~keep.numpy().reshape(keep.shape + (1,) * (4 - keep.dim()))
         assert any(value.shape == dead.shape and not value[dead].any() for value in convolutions), name
+        stored = [each.levels.reshape(dead.shape) for each in decode(stem + ".mnn").values()
+                  if each.levels.size == dead.size]
+        assert any(not levels[dead].any() and levels.any() for levels in stored), name
 
 
 def test_the_seed_names_of_the_objects_are_those_of_the_callbacks():

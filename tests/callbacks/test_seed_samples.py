@@ -62,9 +62,9 @@ def in_mnn(model, name, options=None):
 def test_pruning(name, data):
     import slimtrain.callbacks as mnncompress
 
-    Pruner = getattr(mnncompress, name)
+    kind = getattr(mnncompress, name)
     model = Net()
-    pruner = Pruner(model, total_pruning_iterations=1, sparsity=0.6, debug_info=False)
+    pruner = kind(model, total_pruning_iterations=1, sparsity=0.6, debug_info=False)
 
     def train(model, data, optimizer, pruner):
         model.train()
