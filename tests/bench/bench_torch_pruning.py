@@ -49,10 +49,14 @@ def event_times(kind):
     for _ in range(5):
         pruner = kind(model, 0.5, sensitivity_steps=1)
         pruner.look()
-        for function, measured in zip((pruner.found_ratios, lambda: (pruner.prune_if_due(), pruner.apply())), times):
-            begin = time.perf_counter()
-            function()
-            measured.append(time.perf_counter() - begin)
+        moments = [time.perf_counter()]
+        pruner.found_ratios()
+        moments.append(time.perf_counter())
+        pruner.prune_if_due()
+        pruner.apply()
+        moments.append(time.perf_counter())
+        for measured, begin, end in zip(times, moments, moments[1:]):
+            measured.append(end - begin)
     return [statistics.median(measured) for measured in times]
 
 
