@@ -102,7 +102,7 @@ class FloatObserving(Observing):
 
     def _run_layer(self, call: Call, tracker: Tracker) -> Tensor:
         self._layer_input(call, tracker)
-        return call.run()  # type: ignore[no-any-return]
+        return call.run()
 
 
 def observations_state(seen: Mapping[Quantizer, Observation]) -> List[Dict[str, Any]]:
