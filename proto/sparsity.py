@@ -3,8 +3,8 @@
 MNN stores a sparse layer as the values that are not zero, each with its distance from the one before. Beside integers
 distances are as wide as suits the layer best, where a longer gap takes a zero in between, and a layer stays dense where
 that is smaller. Floats have 32 bits each for value and distance, and are stored so above a share of zeros that depends
-on the block of output channels alone: for blocks of 4 that comes long before it pays. Full int8 layers are always dense.
-What a grid of few bits rounds to zero comes on top: a file may be a little smaller than expected.
+on the block of output channels alone: for blocks of 4 that comes long before it pays. Full int8 layers are always
+dense. What a grid of few bits rounds to zero comes on top: a file may be a little smaller than expected.
 """
 
 from __future__ import annotations

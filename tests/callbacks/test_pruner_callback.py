@@ -1,4 +1,4 @@
-"""Pruning inside a Lightning Trainer: the right steps and gradients, every way to stop and go on, two ranks, stacking."""
+"""Pruning inside a Lightning Trainer: the right steps and gradients, stopping and going on, two ranks, stacking."""
 from __future__ import annotations
 
 import os
@@ -29,7 +29,6 @@ from slimtrain.callbacks import (
     TaylorFOChannelPrunerCallback,
     load_shrunk,
 )
-from slimtrain.core import global_keep
 from slimtrain.proto import read_params, run_model
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -38,7 +37,7 @@ PLAN = {"sparsity": 0.5, "total_pruning_iterations": 3, "sensitivity_steps": 2, 
 
 
 class Stepwise(Lit):
-    """Trains on the data of the optimizer step: a plain loader starts a half finished epoch at its first batch again."""
+    """Trains on the data of the optimizer step: a plain loader starts a half finished epoch anew."""
 
     def training_step(self, batch, batch_idx):
         x, y = images(64)
@@ -234,7 +233,8 @@ def test_the_end_of_fit_writes_a_sparse_model(kind, tmp_path):
         kept = sum(int(np.prod(tensor.dims)) for tensor in exported.graph.initializer if len(tensor.dims) > 1)
         total = sum(weight.numel() for weight in callback.pruner.weights().values())
         assert kept == pytest.approx((1 - callback.pruner.sparsity) * total, abs=3)
-        fresh = load_shrunk(seeded(Lit, 12), tmp_path / "out" / "net.channels.json", callback.pruner.shrink().state_dict())
+        fresh = load_shrunk(seeded(Lit, 12), tmp_path / "out" / "net.channels.json",
+                            callback.pruner.shrink().state_dict())
         np.testing.assert_allclose(fresh.eval()(images(4, seed=3)[0]).detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -294,6 +294,7 @@ def test_pruning_and_quantization_in_one_run_deploy_exactly_with_every_zero_kept
 
 
 def test_the_seed_names_of_the_objects_are_those_of_the_callbacks():
-    for kind, wanted in ((SNIPLevelPrunerCallback, SNIPLevelPruner), (TaylorFOChannelPrunerCallback, TaylorFOChannelPruner)):
+    for kind, wanted in ((SNIPLevelPrunerCallback, SNIPLevelPruner),
+                         (TaylorFOChannelPrunerCallback, TaylorFOChannelPruner)):
         model = seeded(Lit, 12)
         assert type(kind(**PLAN).make_pruner(model)) is wanted
