@@ -8,6 +8,7 @@ import logging
 import warnings
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from slimtrain.callbacks.model_view import evaluation, float_view
 from slimtrain.callbacks.operations import map_tensors
 from slimtrain.core import ConversionError
+from slimtrain.proto.onnx_graph import OnnxGraph
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +44,33 @@ def export_float(model: nn.Module, args: Tuple[Any, ...], kwargs: Mapping[str, A
         try:
             with evaluation(view), torch.no_grad(), _without_fast_paths(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return (_export_dynamo if attempt else _export_torchscript)(_on_cpu(view), args, kwargs, opset)
+                export = _export_dynamo if attempt else _export_torchscript
+                return free_batch(export(_on_cpu(view), args, kwargs, opset))
         except Exception as error:  # exporters raise whatever the model made them raise
             errors.append(error)
             if len(errors) < len(attempts):
                 logger.warning("torch.export cannot capture the model, using the TorchScript exporter, which keeps the "
                                "branches that the example input takes: %s", _first_line(error))
     raise ConversionError("the model cannot be exported to ONNX: %s" % _first_line(errors[-1])) from errors[-1]
+
+
+def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Let reshapes keep any number of samples; exporters write down that of the example input.
+
+    ``Reshape(x, [64, 512])`` in a model whose inputs hold 64 samples becomes ``Reshape(x, [-1, 512])``, which is the
+    same for 64 and right for others. Reshapes that have another open axis stay as they are.
+    """
+    graph = OnnxGraph(model)
+    sizes = {value.type.tensor_type.shape.dim[0].dim_value for value in model.graph.input
+             if value.name not in graph.initializers and len(value.type.tensor_type.shape.dim)}
+    for node in graph.nodes:
+        target = graph.constant(node.input[1]) if node.op_type == "Reshape" else None
+        if target is None or not target.size or graph.constant(node.input[0]) is not None:
+            continue
+        if sizes == {int(target[0])} and -1 not in target:
+            node.input[1] = graph.add_constant(np.array([-1, *target[1:]], np.int64), node.output[0] + "/shape")
+            graph.refresh()
+    return graph.model()
 
 
 @contextlib.contextmanager
