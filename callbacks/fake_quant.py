@@ -26,7 +26,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 class Range(NamedTuple):
-    """Integer levels of a quantizer as float32 scalars on the device of the scale (tensors: changing bits never recompiles)."""
+    """Integer levels of a quantizer as float32 scalars on the device of the scale (tensors: no bits are recompiled)."""
 
     lower: Tensor
     upper: Tensor
@@ -122,7 +122,7 @@ def _call_compiled(function: Callable[..., Any], x: Tensor, scale: Tensor, lower
 
 
 def _matrix(x: Tensor, rows: int) -> Tensor:
-    """The elements as ``(rows, elements per row)``: a tensor of its own, as kernels are compiled for each kind of view."""
+    """The elements as ``(rows, elements per row)``, and no view: for each kind of view torch would compile again."""
     dense = x if x.is_contiguous() or (rows == 1 and _is_dense(x)) else x.contiguous()
     columns = x.numel() // rows
     return dense.new_empty(0).set_(dense.untyped_storage(), dense.storage_offset(), (rows, columns), (columns, 1))

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "callbacks"))
-from zoo import InvertedResidual, ResNet, conv_bn  # noqa: E402
-
-from slimtrain.callbacks import LSQQuantizer  # noqa: E402
-from slimtrain.callbacks.fake_quant import Range, fake_quantize  # noqa: E402
+from slimtrain.callbacks import LSQQuantizer
+from slimtrain.callbacks.fake_quant import Range, fake_quantize
+from zoo import InvertedResidual, ResNet, conv_bn
 
 BATCH, PIXELS, ELEMENTS = 8, 112, 1_600_000
 LIMITS = {"ResNet-18": 1.25, "MobileNetV2": 1.45, "fake-quant operation": 1.5}
@@ -107,7 +106,8 @@ def main():
             name, LIMITS[name], **figures))
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"torch": torch.__version__, "threads": options.threads, "limits": LIMITS, **result}, file, indent=2)
+            json.dump({"torch": torch.__version__, "threads": options.threads, "limits": LIMITS, **result}, file,
+                      indent=2)
 
 
 if __name__ == "__main__":
