@@ -208,7 +208,7 @@ def test_an_unfused_batch_norm_without_moving_averages_cannot_be_exported(tmp_pa
 
 def partitioned_and_shared(x, training):
     """A kernel in two parts, one that two layers share, and a one-dimensional convolution."""
-    parts = tf.get_variable("parts", initializer=np.random.RandomState(1).randn(3, 3, 3, 8).astype(np.float32) * 0.3,
+    parts = tf.get_variable("parts", [3, 3, 3, 8], initializer=tf.random_normal_initializer(0.0, 0.3, seed=1),
                             partitioner=tf.fixed_size_partitioner(2, axis=3))
     y = tf.nn.relu6(tf.nn.conv2d(x, parts, strides=2, padding="SAME", name="whole"))
     kernel = tf_nets.variable("shared", [3, 3, 8, 8], 2)
