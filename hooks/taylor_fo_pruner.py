@@ -140,7 +140,9 @@ class TaylorFOChannelPruner(Pruner):
         for name, layer in self.classes.layers.items():
             if name in scores:
                 np.add.at(totals, layer.rows, scores[name].astype(np.float64))
-        shares = {name: share * fraction for name, share in self._config.items()}
+        # of what is not trained nothing is known: its groups stay whole
+        shares = {name: 0.0 for name in self.classes.layers if name not in scores}
+        shares.update((name, share * fraction) for name, share in self._config.items() if name in scores)
         before = None if alive is None else self._alive(alive)
         keep = choose_channels(self.classes, totals, self.schedule.sparsity * fraction, self._align,
                                self._max_prune_ratio, before, shares).keep

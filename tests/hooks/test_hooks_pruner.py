@@ -162,6 +162,17 @@ def test_found_ratios_can_be_edited_and_given_back(tmp_path):
     assert shares == pytest.approx(wanted, abs=1e-2)
 
 
+def test_channels_of_what_is_not_trained_stay():
+    with tf.Graph().as_default():
+        network()
+        pruner = TaylorFOChannelPruner(None, sparsity=0.5, align_channels=1)
+    scores = {name: np.arange(1.0, 1 + pruner.score_shape(weight)[0]) for name, weight in pruner.weights.items()
+              if name != "c1/kernel"}
+    keeps = pruner.decide(scores, None, 1.0)
+    assert keeps["c1/kernel"].all() and keeps["b1/gamma"].all()
+    assert np.flatnonzero(~keeps["c2/bias"]).tolist() == list(range(int((~keeps["c2/bias"]).sum()))) != []
+
+
 def test_skipped_layers_stay_dense_and_are_listed(tmp_path):
     with tf.Graph().as_default():
         sess, pruner, _ = guide(SNIPLevelPruner, tmp_path, skip_layers=["c2/*"], skip_first=True, skip_last=True)
