@@ -11,65 +11,28 @@ padding, which one layer could not imitate.
 """
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import tensorflow.compat.v1 as tf
 
 from slimtrain.core import identity_tap
 from slimtrain.hooks.compositions import Composition, remember, replace_variable
+from slimtrain.hooks.expanded_parts import (
+    SCOPE,
+    Expansion,
+    Parts,
+    Statistics,
+    absorbed,
+    chain,
+    channels_of,
+    make_parts,
+    with_tap,
+)
 from slimtrain.hooks.graph import Edge, connect, edges_from, variables_behind
 from slimtrain.hooks.layers import LayerKind
-from slimtrain.hooks.own_weights import OwnWeight, make_part
+from slimtrain.hooks.own_weights import OwnWeight
 
-#: scope of all operations of expanded layers
-SCOPE = "LOP"
-_EPS = 1e-5
 _MOMENTUM = 0.1
-
-
-class Expansion(NamedTuple):
-    """How layers are expanded."""
-
-    rate: int             #: channels in between over channels of the layer
-    batchnorm: bool       #: normalize in between
-    bypass: bool          #: add the input to the output where they have one shape
-    keep_weights: bool    #: equal the layer in evaluation; otherwise start at random
-
-
-class Statistics(NamedTuple):
-    """Of the two normalizations: variances [rI], [rO] and mean [rO]."""
-
-    first_var: tf.Tensor
-    middle_mean: tf.Tensor
-    middle_var: tf.Tensor
-
-
-class Parts(NamedTuple):
-    """Variables of an expanded layer; without batch normalization the last five are None."""
-
-    first: Any          #: [I, rI]
-    middle: Any         #: [h, w, rI, rO] or [rI, rO]
-    last: Any           #: [rO, O]
-    first_gain: Any     #: [rI]
-    middle_gain: Any    #: [rO]
-    first_var: Any
-    middle_mean: Any
-    middle_var: Any
-
-    def running(self) -> Optional[Statistics]:
-        """The averages of the statistics, as they are now."""
-        if self.first_var is None:
-            return None
-        return Statistics(*(variable.read_value() for variable in (self.first_var, self.middle_mean, self.middle_var)))
-
-    def ends(self, statistics: Optional[Statistics]) -> Tuple[tf.Tensor, tf.Tensor]:
-        """``first`` and ``last`` with the scales of the normalizations that follow and precede them."""
-        first, last = self.first.read_value(), self.last.read_value()
-        if statistics is None:
-            return first, last
-        scales = [gain.read_value() * tf.rsqrt(var + _EPS) for gain, var in (
-            (self.first_gain, statistics.first_var), (self.middle_gain, statistics.middle_var))]
-        return first * scales[0], last * scales[1][:, None]
 
 
 def expand_layer(own: OwnWeight, how: Expansion, training: Optional[tf.Tensor]) -> Tuple[List[Any], bool]:
@@ -90,7 +53,7 @@ def expand_layer(own: OwnWeight, how: Expansion, training: Optional[tf.Tensor]) 
     graph, op = own.layer.op.graph, own.layer.op
     tap = _tap(own) if how.bypass else None
     with graph.as_default(), tf.control_dependencies(None), tf.name_scope(None):
-        parts = _make_parts(own, how, tap)
+        parts = make_parts(own, how, tap)
         variables = [part for part in parts if part is not None]
         with tf.device(own.variable.device), tf.name_scope("{}/{}/".format(SCOPE, op.name)):
             statistics = parts.running()
@@ -119,7 +82,7 @@ def _bias_edge(own: OwnWeight) -> Optional[Edge]:
 
 def _tap(own: OwnWeight) -> Optional[Tuple[int, ...]]:
     """The position of the kernel that passes the input through; None where output and input differ in shape."""
-    inputs, outputs = _channels(own)
+    inputs, outputs = channels_of(own)
     if inputs != outputs:
         return None
     if own.layer.kind is LayerKind.MATMUL:
@@ -139,71 +102,10 @@ def _padding(own: OwnWeight) -> List[Tuple[int, int]]:
     return [(total // 2, total - total // 2) for total in totals]
 
 
-def _channels(own: OwnWeight) -> Tuple[int, int]:
-    first, second = own.shape[-2:]
-    return (second, first) if own.transposed else (first, second)
-
-
-def _make_parts(own: OwnWeight, how: Expansion, tap: Optional[Sequence[int]]) -> Parts:
-    inputs, outputs = _channels(own)
-    inner, outer, extents = how.rate * inputs, how.rate * outputs, own.shape[:-2]
-    trained = any(item is own.variable for item in own.variable.graph.get_collection(
-        tf.GraphKeys.TRAINABLE_VARIABLES))
-    uniform = tf.variance_scaling_initializer(1 / 3, "fan_in", "uniform")
-    with tf.device(own.variable.device), tf.name_scope("{}/{}/initial/".format(SCOPE, own.layer.op.name)):
-        starts = [uniform(shape, tf.float32) for shape in (
-            [inputs, inner], extents + [inner, outer], [outer, outputs])]
-    first, last = make_part(own, "first", starts[0], trained), make_part(own, "last", starts[2], trained)
-    if how.keep_weights:
-        with tf.device(own.variable.device), tf.name_scope("{}/{}/initial/".format(SCOPE, own.layer.op.name)):
-            starts[1] = _keeping(own, first, starts[1], last, tap)
-    middle = make_part(own, "middle", starts[1], trained)
-    if not how.batchnorm:
-        return Parts(first, middle, last, None, None, None, None, None)
-    ones = {"first": tf.ones([inner]), "middle": tf.ones([outer])}
-    gains = [make_part(own, name + "_gain", value, trained) for name, value in ones.items()]
-    averages = [make_part(own, name, value, False) for name, value in (
-        ("first_var", ones["first"] - _EPS), ("middle_mean", tf.zeros([outer])), ("middle_var", ones["middle"] - _EPS))]
-    return Parts(first, middle, last, gains[0], gains[1], averages[0], averages[1], averages[2])
-
-
-def _keeping(own: OwnWeight, first: Any, middle: tf.Tensor, last: Any, tap: Optional[Sequence[int]]) -> tf.Tensor:
-    """The start of ``middle`` with which the layer keeps its weights: a random one, and the smallest change of it.
-
-    The new scales are ones at the start. Whoever initializes ``middle`` initializes the other two with it.
-    """
-    with tf.control_dependencies([first.initializer, last.initializer]):
-        before, after = (tf.cast(tf.identity(part.read_value()), tf.float64) for part in (first, last))
-    start = tf.cast(middle, tf.float64)
-    target = tf.cast(own.as_kernel(own.variable.initial_value), tf.float64)
-    target = tf.transpose(target) if own.transposed else target
-    missing = target - _with_tap(_chain(before, start, after), tap)
-    left = tf.matmul(before, tf.linalg.inv(tf.matmul(before, before, transpose_b=True)), transpose_a=True)
-    right = tf.matmul(tf.linalg.inv(tf.matmul(after, after, transpose_a=True)), after, transpose_b=True)
-    return tf.cast(start + _chain(left, missing, right), tf.float32)
-
-
-def _chain(first: tf.Tensor, middle: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
-    """first [i, s] times middle [..., s, r] times last [r, o]: [..., i, o]."""
-    rank = middle.shape.rank
-    product = tf.tensordot(middle, last, [[rank - 1], [0]])
-    product = tf.tensordot(first, product, [[1], [rank - 2]])
-    return tf.transpose(product, list(range(1, rank - 1)) + [0, rank - 1])
-
-
-def _with_tap(kernel: tf.Tensor, tap: Optional[Sequence[int]]) -> tf.Tensor:
-    if tap is None:
-        return kernel
-    shape = kernel.shape.as_list()
-    eye = tf.reshape(tf.eye(shape[-1], dtype=kernel.dtype), [1] * len(tap) + shape[-2:])
-    around = [[place, extent - 1 - place] for place, extent in zip(tap, shape)]
-    return kernel + tf.pad(eye, around + [[0, 0], [0, 0]])
-
-
 def _merged(own: OwnWeight, parts: Parts, statistics: Optional[Statistics], tap: Optional[Sequence[int]]) -> tf.Tensor:
     """The kernel that the layer equals with these statistics, as it reads it."""
     first, last = parts.ends(statistics)
-    kernel = _with_tap(_chain(first, parts.middle.read_value(), last), tap)
+    kernel = with_tap(chain(first, parts.middle.read_value(), last), tap)
     return tf.transpose(kernel) if own.transposed else kernel
 
 
@@ -240,7 +142,7 @@ def _train(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional[Seq
     first_var, first_count = _variance_of_first(x, parts)
     chosen = averages._replace(first_var=_mix(training, first_var, averages.first_var))
     first, _ = parts.ends(chosen)
-    y = _run(own, x, _absorbed(first, parts.middle.read_value()))
+    y = _run(own, x, absorbed(first, parts.middle.read_value()))
     axes = list(range(y.shape.rank - 1))
     middle_mean, middle_var = tf.nn.moments(y, axes)
     batch = Statistics(first_var, middle_mean, middle_var)
@@ -266,13 +168,6 @@ def _variance_of_first(x: tf.Tensor, parts: Parts) -> Tuple[tf.Tensor, tf.Tensor
     covariance = tf.matmul(centred, centred, transpose_a=True) / count
     first = parts.first.read_value()
     return tf.reduce_sum(first * tf.matmul(covariance, first), axis=0), count
-
-
-def _absorbed(first: tf.Tensor, middle: tf.Tensor) -> tf.Tensor:
-    """first [i, s] and then middle [..., s, r] as one kernel [..., i, r]."""
-    rank = middle.shape.rank
-    product = tf.tensordot(first, middle, [[1], [rank - 2]])
-    return tf.transpose(product, list(range(1, rank - 1)) + [0, rank - 1])
 
 
 def _run(own: OwnWeight, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:

@@ -7,7 +7,8 @@ from typing import Any, Collection, List, Optional, Sequence, Tuple
 import tensorflow.compat.v1 as tf
 
 from slimtrain.core import ExpandedLine, select
-from slimtrain.hooks.expansion import Expansion, expand_layer
+from slimtrain.hooks.expanded_parts import Expansion
+from slimtrain.hooks.expansion import expand_layer
 from slimtrain.hooks.float_network import FloatNetwork
 from slimtrain.hooks.graph import ancestors, find_tensor, variables_behind
 from slimtrain.hooks.layers import Layer, LayerKind

@@ -8,11 +8,12 @@ import tensorflow.compat.v1 as tf
 
 from slimtrain.core import PruningSchedule, schedule_between, step_of
 from slimtrain.hooks.exporting_hook import ExportingHook
+from slimtrain.hooks.float_network import FloatNetwork
 from slimtrain.hooks.pruner import Pruner
-from slimtrain.hooks.pruning_export import PrunedNetwork, export_pruned
+from slimtrain.hooks.pruning_export import export_pruned
 from slimtrain.hooks.pruning_step import add_to_step, make_sensors
 from slimtrain.hooks.stacking import contribute
-from slimtrain.hooks.strip import STATE_PLACEHOLDER
+from slimtrain.hooks.strip import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class PrunerHook(ExportingHook):
         self._sensors = make_sensors(pruner)
         first = 0 if self._sensors is None else sensitivity_steps - 1
         pruner.schedule = _schedule(pruner.schedule, first, begin, end, prune_finetune_iterations, train_steps)
-        self._network = PrunedNetwork.read(pruner.graph, output_names) if output_names else None
+        self._network = FloatNetwork.read(pruner.graph, output_names) if output_names else None
+        self._quantized = False  # until the session begins
         contribute(pruner.graph, pruner.algorithm)
 
     def begin(self) -> None:
@@ -62,6 +64,7 @@ class PrunerHook(ExportingHook):
             RuntimeError: another graph; no operation trains the weights and counts the global step.
         """
         super().begin()
+        self._quantized = is_quantized(self.graph)
         trained = add_to_step(self.pruner, self._sensors, self._window, self._is_chief)
         for name, weight in self.pruner.weights.items():
             if name not in trained:
@@ -86,7 +89,7 @@ class PrunerHook(ExportingHook):
 
     def before_run(self, run_context: Any) -> Any:
         """Export a checkpoint that was just written."""
-        if not self._quantized():
+        if not self._quantized:
             super().before_run(run_context)
 
     def end(self, session: tf.Session) -> None:
@@ -99,14 +102,8 @@ class PrunerHook(ExportingHook):
         for row in self.pruner.report(session):
             logger.info("%s: %d weights, %.4f pruned %s", row.name, row.parameters, row.ratio, row.reason)
         logger.info("pruned %.4f of the weights (asked for %.4f)", sparsity, asked.sparsity)
-        if not self._quantized():
+        if not self._quantized:
             super().end(session)
-
-    def _quantized(self) -> bool:
-        try:
-            return self.graph.get_operation_by_name(STATE_PLACEHOLDER) is not None
-        except KeyError:
-            return False
 
 
 def _schedule(asked: PruningSchedule, first: int, begin: Moment, end: Optional[Moment],
