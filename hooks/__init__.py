@@ -12,6 +12,7 @@ from slimtrain.hooks.low_rank_hook import LowRankDecompositionHook
 from slimtrain.hooks.low_rank_structure import apply_structure, structure_in, structure_of
 from slimtrain.hooks.lsq_quantizer import LSQQuantizer
 from slimtrain.hooks.oaq_quantizer import OAQQuantizer
+from slimtrain.hooks.offline_quantizer import OfflineQuantizer
 from slimtrain.hooks.pruner_hooks import SIMDOCPrunerHook, SNIPLevelPrunerHook, TaylorFOChannelPrunerHook
 from slimtrain.hooks.quantizer_hooks import EMAQuantizerHook, LSQQuantizerHook, OAQQuantizerHook, WAQQuantizerHook
 from slimtrain.hooks.sensitivity import SensitivityAnalyzer
@@ -38,6 +39,7 @@ __all__ = [
     "MNN_QAT_variables",
     "OAQQuantizer",
     "OAQQuantizerHook",
+    "OfflineQuantizer",
     "SIMDOCPruner",
     "SIMDOCPrunerHook",
     "SNIPLevelPruner",

@@ -60,6 +60,11 @@ def variables_behind(tensor: tf.Tensor) -> List[str]:
     return found
 
 
+def is_frozen(graph: tf.Graph) -> bool:
+    """Whether a graph has no variables: its weights are constants."""
+    return not any(op.type in _VARIABLES for op in graph.get_operations())
+
+
 def ordered_variable(tensor: tf.Tensor) -> str:
     """The name of the one variable that ``tensor`` hands on with its values in their order; "" for anything else."""
     op = tensor.op

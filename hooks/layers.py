@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 from slimtrain.hooks.compositions import is_merged, replaced_layers
-from slimtrain.hooks.graph import inside_control_flow, only_reader, variables_behind
+from slimtrain.hooks.graph import inside_control_flow, is_frozen, only_reader, variables_behind
 
 
 class LayerKind(Enum):
@@ -92,7 +92,7 @@ def _why_float(op: tf.Operation, kind: LayerKind, kernel: tf.Tensor) -> str:
     """Why an operation must stay float; empty when it need not."""
     if inside_control_flow(op):
         return "it lies inside a cond or while_loop, which MNN does not quantize"
-    if not variables_behind(kernel) and not is_merged(op.graph, kernel):
+    if not variables_behind(kernel) and not is_merged(op.graph, kernel) and not is_frozen(op.graph):
         return "its weight is no variable"
     if kernel.dtype.base_dtype != tf.float32:
         return "its weight is {}, not float32".format(kernel.dtype.base_dtype.name)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ONE_SIDED = {
     "EMAQuantizer": "issue 6 brings it to PyTorch",
     "OAQQuantizer": "issue 6 brings it to PyTorch",
-    "OfflineQuantizer": "a module is calibrated by running it; frozen graphs are issue 6's third part",
+    "OfflineQuantizer": "a frozen graph has no session to hook into; both sides have the object",
 }
 
 #: functions of the seed's interface that only make sense in one framework
