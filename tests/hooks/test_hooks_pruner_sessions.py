@@ -10,7 +10,7 @@ from mnn_weights import decode
 from monitored_run import batch
 from pruned_run import build, zero_shares
 from pruning import read_graph
-from slimtrain.core import PruningSchedule, sqnr_db
+from slimtrain.core import PruningSchedule, save_sensitivity, sqnr_db
 from slimtrain.hooks import LSQQuantizerHook, SNIPLevelPrunerHook, pruning_step
 from slimtrain.proto import ConvertOptions, convert, read_params, run_model
 from test_hooks_sessions import Abort, checkpoint_values, finish, free_ports, wait_for
@@ -70,6 +70,27 @@ def test_the_step_measures_what_gradients_and_weights_say(pruner, tmp_path):
         np.testing.assert_allclose(before_event[name], wanted, rtol=1e-3, atol=1e-7 * wanted.max())
 
 
+def test_a_file_of_sensitivities_takes_the_place_of_measuring(tmp_path):
+    random = np.random.RandomState(5)
+    shapes = {"c1/kernel": [3, 3, 3, 12], "c2/kernel": [3, 3, 12, 16], "fc/kernel": [16, 5]}
+    scores = {name: random.rand(*shape) for name, shape in shapes.items()}
+    save_sensitivity(str(tmp_path / "sens.npy"), scores)
+    with tf.Graph().as_default():
+        x, train, step, made = build("SNIPLevelPruner", str(tmp_path), total_pruning_iterations=1, begin=1,
+                                     sensitivity_npy_file=str(tmp_path / "sens.npy"))
+        record = Record()
+        assert not [v for v in tf.global_variables() if v.op.name.endswith("/sensitivity")]
+        with pruned_run.session(tmp_path, made + [record], 100) as run:
+            for number in range(3):
+                run.run(train, {x: batch(number)})
+    assert all((record.after[0][name] != 0).all() for name in WEIGHTS)
+    ranked = np.concatenate([(scores[name] / np.sqrt((scores[name] ** 2).sum())).ravel() for name in WEIGHTS])
+    dead = np.concatenate([(record.after[1][name] == 0).ravel() for name in WEIGHTS])
+    wanted = np.zeros(ranked.size, bool)
+    wanted[np.argsort(ranked)[:int(round(0.6 * ranked.size))]] = True
+    assert (wanted != dead).sum() <= 2  # float32 may swap neighbours at the border
+
+
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_every_checkpoint_is_as_sparse_as_its_step(pruner, tmp_path):
     align = dict(align_channels=1) if pruner.startswith("Taylor") else {}
@@ -93,7 +114,8 @@ def test_every_checkpoint_is_as_sparse_as_its_step(pruner, tmp_path):
     assert shares == pytest.approx([0, 0] + [wanted[0]] * 2 + [wanted[1]] * 2 + [wanted[2]] * 4, abs=tolerance)
 
 
-@pytest.mark.parametrize("pruner, options", [("SNIPLevelPruner", ["--quantize"]), ("TaylorFOChannelPruner", [])])
+@pytest.mark.parametrize("pruner, options", [
+    ("SNIPLevelPruner", ["--quantize"]), pytest.param("TaylorFOChannelPruner", [], marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_one_never_killed(pruner, options, tmp_path):
     arguments = [10, "--pruner", pruner] + options
     killed_at = int(np.random.RandomState(os.getpid()).randint(3, 9))
