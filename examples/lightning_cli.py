@@ -1,5 +1,7 @@
 """The digits classifier under ``LightningCLI``: compression from a flag, or callbacks by their class path.
 
+Run it like this:
+
     python examples/lightning_cli.py fit --trainer.max_epochs 10 --compress examples/compress.yaml
     python examples/lightning_cli.py fit --trainer.callbacks+=slimtrain.callbacks.LSQQuantizerCallback
 """

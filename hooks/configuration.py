@@ -6,13 +6,13 @@ from typing import Any, Dict, List, Optional, Sequence, Type, Union
 
 import tensorflow.compat.v1 as tf
 
-from slimtrain.core import Kind, Pipeline, PipelineError, Stage, load_pipeline, step_of
+from slimtrain.core import Kind, Pipeline, Stage, load_pipeline, step_of
 from slimtrain.core.stages import OverParameterize, Quantize
 from slimtrain.hooks.exporting_hook import ExportingHook
 from slimtrain.hooks.lop_hook import LOPHook
 from slimtrain.hooks.low_rank_hook import LowRankDecompositionHook
 from slimtrain.hooks.pruner_hooks import SIMDOCPrunerHook, SNIPLevelPrunerHook, TaylorFOChannelPrunerHook
-from slimtrain.hooks.quantizer_hooks import EMAQuantizerHook, LSQQuantizerHook, OAQQuantizerHook
+from slimtrain.hooks.quantizer_hooks import EMAQuantizerHook, LSQQuantizerHook, OAQQuantizerHook, WAQQuantizerHook
 from slimtrain.hooks.weight_quantizer_hook import WeightQuantizerHook
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -26,6 +26,7 @@ _HOOKS: Dict[str, Type[ExportingHook]] = {
     "SIMDOCPruner": SIMDOCPrunerHook,
     "SNIPLevelPruner": SNIPLevelPrunerHook,
     "TaylorFOChannelPruner": TaylorFOChannelPrunerHook,
+    "WAQQuantizer": WAQQuantizerHook,
     "WeightQuantizer": WeightQuantizerHook,
 }
 
@@ -62,16 +63,13 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
                               "output_names": output_names, "export_dir": folder or None}
     hooks = []
     for number, stage in enumerate(pipeline.stages):
-        hook_class = _HOOKS.get(stage.OBJECT)
-        if hook_class is None:
-            raise PipelineError("stage %d (%s): %s has no hook" % (number + 1, stage.KIND.value, stage.ALGORITHM))
         arguments = {**common, **stage.arguments(), **_start(stage, number == 0, init_checkpoint, checkpoint_dir)}
         if stage.KIND is Kind.PRUNE:
             arguments["prune_ratio_result_file"] = arguments.pop("result_file")  # the seed's name for TensorFlow
             arguments.update(_moments(stage, train_steps, epoch_steps))
         if isinstance(stage, (Quantize, OverParameterize)):
             arguments["is_training"] = is_training
-        hook = hook_class(**arguments)
+        hook = _HOOKS[stage.OBJECT](**arguments)
         hook.final_name = name or hook.final_name
         hooks.append(hook)
     return hooks
