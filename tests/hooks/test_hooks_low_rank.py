@@ -369,6 +369,7 @@ def test_a_dense_checkpoint_cannot_be_resumed_from(tmp_path):
         saver, init = tf.train.Saver(), tf.global_variables_initializer()
         with session(graph) as run:
             run.run(init)
+            run.run([tf.assign(v, v + 0.01) for v in tf.global_variables()])
             os.makedirs(str(tmp_path / "low_rank" / "ckpt"))
             dense = saver.save(run, str(tmp_path / "low_rank" / "ckpt" / "model"))
     with tf.Graph().as_default():
