@@ -187,6 +187,7 @@ def report_command(file: str, output: Optional[str]) -> None:
 
 
 for _command in (config, doctor, quantize_command, import_qdq_command):
+    _command.epilog = _command.epilog or _EXIT_STATUS
     cli.add_command(_command)
 
 

@@ -45,6 +45,8 @@ def _numbers(_: click.Context, __: click.Parameter, value: Optional[str]) -> Tup
 @click.option("--batch-size", type=click.IntRange(1), help=f"Samples of a batch.  [default: {DEFAULT_BATCH}]")
 @click.option("--count", type=click.IntRange(0), help="The most samples to use; 0 for all.")
 @click.option("--format", "image_format", type=_method(ImageFormat), help="Channels of images.")
+@click.option("--width", type=click.IntRange(1), help="Of images, where the model has no fixed size.")
+@click.option("--height", type=click.IntRange(1), help="Of images, where the model has no fixed size.")
 @click.option("--mean", callback=_numbers, help="Subtracted from pixels 0..255, e.g. 103.9,116.8,123.7.")
 @click.option("--normal", callback=_numbers, help="Multiplied with them after that.")
 @click.option("--equalize", is_flag=True, help="Let layers in a row trade the ranges of their channels.")
@@ -146,7 +148,8 @@ def _preprocessing(given: Optional[MnnquantConfig], options: Dict[str, Any]) -> 
     base = given.preprocessing if given else Preprocessing()
     chosen = ImageFormat(options["image_format"].upper()) if options["image_format"] else base.format
     return Preprocessing(base.input_type if given else InputType.IMAGE, chosen, options["mean"] or base.mean,
-                         options["normal"] or base.normal, base.width, base.height, base.crop)
+                         options["normal"] or base.normal, options["width"] or base.width,
+                         options["height"] or base.height, base.crop)
 
 
 def _settings(given: Optional[MnnquantConfig], options: Dict[str, Any]) -> Any:

@@ -30,11 +30,13 @@ from slimtrain.proto.onnx_deciding import LayerWeight, TensorScale, decided_laye
 from slimtrain.proto.onnx_equalization import equalize
 from slimtrain.proto.onnx_graph import OnnxGraph
 from slimtrain.proto.onnx_layers import FloatLayer, find_layers, undecided
-from slimtrain.proto.onnx_normal import graph_inputs, normal_form
+from slimtrain.proto.onnx_normal import graph_inputs, input_shape, normal_form
 from slimtrain.proto.onnx_observation import Arrays, observe_onnx
 from slimtrain.proto.onnx_rewrite import Rewritten, rewrite
 
 _STORED_BITS = 8
+# of the example that the exact, and slow, simulation computes
+_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class QuantizedOnnx(NamedTuple):
     rewritten: Rewritten
     coverage: Coverage                        #: every layer of the file, and why it is left float if it is
     tensors: Tuple[CalibratedTensor, ...]
-    example: Arrays                           #: the first batch
+    example: Arrays                           #: the first samples, to compare with
 
 
 DEFAULTS = OfflineSettings()
@@ -126,7 +128,7 @@ def quantize_onnx(model: onnx.ModelProto, batches: Iterable[Arrays],
                              tensors)
                for output, call in planned_calls(structure, by_name).items()]
     return QuantizedOnnx(rewrite(normal, decided), coverage_of(layers.quantized, layers.left_float, graph),
-                         _report(seen.tensors, tensors), seen.first)
+                         _report(seen.tensors, tensors), _example(model, seen.first))
 
 
 def coverage_of(quantized: Sequence[FloatLayer], left_float: Mapping[str, str], graph: OnnxGraph) -> Coverage:
@@ -138,6 +140,13 @@ def coverage_of(quantized: Sequence[FloatLayer], left_float: Mapping[str, str], 
         rows.append(LayerCoverage(name, str(node.op_type), 0 if weight is None else int(weight.size),
                                   LayerState.FLOAT, reason))
     return Coverage(tuple(rows))
+
+
+def _example(model: onnx.ModelProto, first: Arrays) -> Arrays:
+    """A few samples of the first batch, or all of it where the model fixes their number."""
+    if any(not input_shape(value) or input_shape(value)[0] for value in graph_inputs(model)):
+        return first
+    return {name: value[:_SAMPLES] for name, value in first.items()}
 
 
 def _choose_scales(structure: Rewritten, seen: Mapping[Quantizer, Observation],

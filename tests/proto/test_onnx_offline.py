@@ -59,6 +59,13 @@ def test_old_and_new_files_deploy_as_simulated(opset, listed, tmp_path):
     assert result.conversion.coverage.fraction == 1.0
 
 
+def test_few_samples_are_compared_and_all_where_the_model_fixes_the_batch():
+    assert len(quantize_onnx(everything(), batches(1, (9, 3, 9, 9))).example["x"]) == 4
+    model = everything()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 9
+    assert len(quantize_onnx(model, batches(1, (9, 3, 9, 9))).example["x"]) == 9
+
+
 def test_the_given_model_is_not_touched():
     model = everything()
     before = model.SerializeToString()
