@@ -1,6 +1,8 @@
 """slimtrain for PyTorch: compression objects for plain loops and a Lightning callback over each."""
 
 from slimtrain.callbacks.configuration import from_config
+from slimtrain.callbacks.bit_picture import draw_sensitivity
+from slimtrain.callbacks.bit_sensitivity import int8_sensitivity, sensitivity_table, weight_sensitivity
 from slimtrain.callbacks.ema_callback import EMAQuantizerCallback
 from slimtrain.callbacks.ema_quantizer import EMAQuantizer
 from slimtrain.callbacks.exporting import Deployed, Exported
@@ -66,15 +68,19 @@ __all__ = [
     "WeightQuantizerCallback",
     "apply_structure",
     "deploy_pruned",
+    "draw_sensitivity",
     "export_pruned",
     "from_config",
+    "int8_sensitivity",
     "load_channel_plan",
     "load_decomposed",
     "load_shrunk",
     "low_rank_decompose",
     "restore_dense",
     "save_channel_plan",
+    "sensitivity_table",
     "shrink",
     "structure_in",
     "structure_of",
+    "weight_sensitivity",
 ]

@@ -71,7 +71,7 @@ class WeightQuantizer:
         self.model = model
         self._configuration = {"bits": bits, "mode": WeightMode(mode).value, "layer_bits": dict(layer_bits or {}),
                                "skip_quant_layers": list(skip_quant_layers), "block_size": block_size}
-        self._choice = choose_layers(model, skip_quant_layers, _why_not_stored)
+        self._choice = choose_layers(model, skip_quant_layers, why_not_stored)
         self.storages = self._storages(bits, WeightMode(mode), layer_bits or {}, block_size)
         self._simulation = WeightSimulation(self.storages)
         self._tracker = Tracker(model, self.layers, self._simulation)
@@ -283,7 +283,7 @@ class WeightQuantizer:
         return quantizer
 
 
-def _why_not_stored(module: nn.Module) -> str:
+def why_not_stored(module: nn.Module) -> str:
     """The reason why a layer cannot be stored as it is simulated; "" when it can."""
     reason = why_float(module)
     if reason.startswith("MNN has no int8"):

@@ -1,4 +1,4 @@
-"""The examples of pruning and of low rank run, with few steps, and leave what they promise."""
+"""The examples of pruning, low rank and automatic bits run, with few steps, and leave what they promise."""
 from __future__ import annotations
 
 import json
@@ -43,3 +43,10 @@ def test_low_rank(tmp_path):
     assert all(row["parameters"][1] <= row["parameters"][0] for row in report["layers"])
     assert sum(bool(row["ranks"]) for row in report["layers"]) == 4
     assert (tmp_path / "spectra.png").stat().st_size > 10000
+
+
+def test_automatic_bits(tmp_path):
+    output = run("digits_automatic_bits.py", "--out", tmp_path, "--epochs", 2)
+    assert (tmp_path / "sensitivity.png").stat().st_size > 10000
+    assert (tmp_path / "chosen.mnn").stat().st_size < 1.1 * (tmp_path / "3_bits.mnn").stat().st_size
+    assert "chosen" in output
