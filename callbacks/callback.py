@@ -115,7 +115,7 @@ class CompressionCallback(Callback):
     @property
     def state_key(self) -> str:
         """Two callbacks of one class on two submodules have two states."""
-        return self._generate_state_key(module=self.module)  # type: ignore[no-any-return]
+        return str(self._generate_state_key(module=self.module))
 
     def state_dict(self) -> Dict[str, Any]:
         """The state that goes into a checkpoint; loadable with ``weights_only=True``."""
@@ -256,4 +256,6 @@ def _named_items(model: nn.Module, batch: Mapping[str, Any], array: Any) -> Any:
     code = getattr(type(model).forward, "__code__", None)
     names = array if isinstance(array, Mapping) else code.co_varnames[:code.co_argcount] if code else ()
     items = {name: batch[name] for name in names if name in batch}
-    return items or next(value for value in batch.values() if isinstance(value, torch.Tensor))
+    if items:
+        return items
+    return next(value for value in batch.values() if isinstance(value, torch.Tensor))

@@ -4,7 +4,7 @@ The same values serve the export and the exact simulation of the device, so that
 """
 from __future__ import annotations
 
-from typing import List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def _deployed(call: PlannedCall, modules: Mapping[str, nn.Module], scales: Mappi
     with torch.no_grad():
         integer = integer_layer(layer, norm, call, scales)
         own = scales[call.layer]
-        weight = layer.weight if own.keep is None else layer.weight * own.keep
+        weight = _kept_weight(layer, own)
     bias = _array(integer.bias)
     _check_finite(call.layer, weight, integer)
     return DeployedLayer(
@@ -78,23 +78,21 @@ def output_grid(call: PlannedCall, scales: Mapping[str, LayerScales]) -> Grid:
     if call.activation != "relu6":
         return grid
     scale = owner.activation_scale(call.output.role).detach().cpu().numpy()
-    return grid._replace(upper=int(quantize(np.float32(6), scale, grid)))
+    return grid._replace(upper=int(quantize(np.array(6, np.float32), scale, grid)))
 
 
 def integer_layer(layer: nn.Module, norm: Optional[nn.Module], call: PlannedCall,
                   scales: Mapping[str, LayerScales]) -> IntegerLayer:
     """Fold a layer and its batch norm (in evaluation mode) into integers; per-channel vectors in float64."""
     own = scales[call.layer]
-    weight = layer.weight if own.keep is None else layer.weight * own.keep
-    if not isinstance(weight, Tensor):
-        raise TypeError("layer %r has no weight tensor" % call.layer)
+    weight = _kept_weight(layer, own)
     factor, shift = _affine(norm, weight)
     # float32, as training computes the levels
     levels = integer_levels(weight.float(), own.weight_scale().float(), own.weight_range())
     columns = (-1,) + (1,) * (weight.dim() - 1)
     levels = levels * torch.sign(factor).float().reshape(columns)
     folded = own.weight_scale().double() * factor.abs()
-    bias = shift if layer.bias is None else shift + layer.bias.double() * factor
+    bias = shift + layer.bias.double() * factor if isinstance(layer.bias, Tensor) else shift
     smallest = _SMALLEST_DEPTHWISE_SCALE if is_depthwise(layer) else SMALLEST_SCALE
     # channels whose scale MNN cannot divide by are rounded anew, which makes almost all of their weights zero
     ratio = torch.where(folded < smallest, folded / smallest, 1.0).reshape(columns)
@@ -106,7 +104,14 @@ def integer_layer(layer: nn.Module, norm: Optional[nn.Module], call: PlannedCall
     return IntegerLayer(levels, folded32, deployed.float(), bias, factor, input_scale, output_scale)
 
 
-def _affine(norm: Optional[nn.Module], weight: Tensor) -> Tuple[Tensor, Tensor]:
+def _kept_weight(layer: nn.Module, scales: LayerScales) -> Tensor:
+    """The weight with those that are to stay zero at zero."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # choose_layers takes no other layers
+    return weight if scales.keep is None else weight * scales.keep
+
+
+def _affine(norm: Any, weight: Tensor) -> Tuple[Tensor, Tensor]:
     """The per-channel ``factor * y + shift`` of a batch norm in evaluation mode, float64."""
     ones = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
     if norm is None:

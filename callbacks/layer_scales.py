@@ -37,6 +37,8 @@ class LayerScales(nn.Module):
 
     weight: nn.Parameter      #: float32 [out_channels]
     activation: nn.Parameter  #: float32 [2]: input, output
+    levels: Tensor            #: float32 [3, 2]: lowest and highest level of weight, input, output
+    keep: Optional[Tensor]    #: bool, like the weight: False stays zero
 
     def __init__(self, layer: nn.Module, bits: Bits, keep_zeros: bool = False) -> None:
         super().__init__()

@@ -104,8 +104,8 @@ def run_double(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
     tensors = {name: _double(value.detach())
                for name, value in (*model.named_parameters(), *model.named_buffers())}
     with torch.no_grad(), evaluation(model):
-        args, kwargs = map_tensors(_double, args), map_tensors(_double, dict(kwargs))
-        return torch.func.functional_call(model, tensors, args, kwargs)
+        named: Dict[str, Any] = map_tensors(_double, dict(kwargs))
+        return torch.func.functional_call(model, tensors, map_tensors(_double, args), named)
 
 
 def _double(value: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def export_float(model: nn.Module, args: Tuple[Any, ...], kwargs: Mapping[str, A
     """
     view = float_view(model)
     to_cpu = lambda value: value.detach().cpu()  # noqa: E731
-    args, kwargs = map_tensors(to_cpu, args), map_tensors(to_cpu, dict(kwargs))
+    args, named = map_tensors(to_cpu, args), dict(map_tensors(to_cpu, dict(kwargs)))
     attempts = (True, False) if dynamo is None else (dynamo,)
     errors: List[Exception] = []
     for attempt in attempts:
@@ -45,7 +45,7 @@ def export_float(model: nn.Module, args: Tuple[Any, ...], kwargs: Mapping[str, A
             with evaluation(view), torch.no_grad(), _without_fast_paths(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 export = _export_dynamo if attempt else _export_torchscript
-                return free_batch(export(_on_cpu(view), args, kwargs, opset))
+                return free_batch(export(_on_cpu(view), args, named, opset))
         except Exception as error:  # exporters raise whatever the model made them raise
             errors.append(error)
             if len(errors) < len(attempts):
@@ -87,10 +87,12 @@ def _without_fast_paths() -> Iterator[None]:
 def _on_cpu(view: nn.Module) -> nn.Module:
     """Exporters run on the CPU: parameters of the view (not of the model) are replaced by copies there."""
     for module in view.modules():
-        for store in (module._parameters, module._buffers):
-            for name, value in store.items():
-                if value is not None and value.device.type != "cpu":
-                    store[name] = type(value)(value.detach().cpu()) if isinstance(value, nn.Parameter) else value.cpu()
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "cpu":
+                module._parameters[name] = nn.Parameter(parameter.detach().cpu(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "cpu":
+                module._buffers[name] = buffer.cpu()
     return view
 
 
@@ -106,7 +108,8 @@ def _export_torchscript(model: nn.Module, args: Tuple[Any, ...], kwargs: Dict[st
                         opset: Optional[int]) -> onnx.ModelProto:
     buffer = io.BytesIO()
     names = _input_names(model, args, kwargs)
-    torch.onnx.export(model, args, buffer, kwargs=kwargs or None, opset_version=opset, dynamo=False, input_names=names)
+    torch.onnx.export(model, args, buffer, kwargs=kwargs or None,  # type: ignore[arg-type]  # a file object will do
+                      opset_version=opset, dynamo=False, input_names=names)
     return onnx.load_from_string(buffer.getvalue())
 
 

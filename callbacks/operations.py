@@ -88,8 +88,9 @@ def _keeps_values(name: str, args: Sequence[Any]) -> bool:
     if len(args) != 2 or not isinstance(args[1], numbers.Real):
         return False
     if name.strip("_") in ("add", "radd", "iadd", "sub", "isub"):
-        return args[1] == 0
-    return name.strip("_") in ("mul", "rmul", "imul", "div", "truediv", "true_divide", "itruediv") and args[1] == 1
+        return bool(args[1] == 0)
+    scales = name.strip("_") in ("mul", "rmul", "imul", "div", "truediv", "true_divide", "itruediv")
+    return scales and bool(args[1] == 1)
 
 
 def _clip_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> OpKind:
@@ -97,7 +98,7 @@ def _clip_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> OpK
     low = argument(args, kwargs, 1, "min_val" if name.startswith("hardtanh") else "min", default)
     high = argument(args, kwargs, 2, "max_val" if name.startswith("hardtanh") else "max",
                     1.0 if default is not None else None)
-    if isinstance(low, numbers.Real) and low >= 0:
+    if isinstance(low, numbers.Real) and bool(low >= 0):  # type: ignore[operator]
         return OpKind.RELU6 if low == 0 and isinstance(high, numbers.Real) and high == 6 else OpKind.NON_NEGATIVE
     return OpKind.OTHER
 

@@ -122,8 +122,8 @@ def _grid_nodes(graph: OnnxGraph, before: str, after: str, step: _Step) -> List[
     A runtime replaces a layer by an integer one where dequantization stands right before it and quantization right
     behind it, so the clip must not touch the layer.
     """
-    scale = graph.add_constant(np.float32(step.scale), before + ".scale")
-    zero = graph.add_constant(np.uint8(_ZERO), before + ".zero")
+    scale = graph.add_constant(np.array(step.scale, np.float32), before + ".scale")
+    zero = graph.add_constant(np.array(_ZERO, np.uint8), before + ".zero")
 
     def pair(source: str, target: str) -> List[onnx.NodeProto]:
         levels = graph.new_name(source + "/levels")
@@ -132,7 +132,7 @@ def _grid_nodes(graph: OnnxGraph, before: str, after: str, step: _Step) -> List[
 
     if (step.grid.lower, step.grid.upper) == (-128, 127):
         return pair(before, after)
-    bounds = [graph.add_constant(np.float32(level) * np.float32(step.scale), "%s.%s" % (before, end))
+    bounds = [graph.add_constant(np.array(np.float32(level) * np.float32(step.scale)), "%s.%s" % (before, end))
               for level, end in ((step.grid.lower, "lower"), (step.grid.upper, "upper"))]
     wide, clipped = graph.new_name(before + "/wide"), graph.new_name(before + "/clipped")
     return [*pair(before, wide), helper.make_node("Clip", [wide, *bounds], [clipped]), *pair(clipped, after)]

@@ -220,12 +220,12 @@ class Quantizer:
     def restart_weight_scales(self) -> None:
         """Choose the weight scales anew, from the weights as they are."""
         for name, layer in self.layers.items():
-            scales = self.scales[name]
-            start = self.choose_weight_scale(layer.weight.detach().float().cpu().numpy(), scales.weight_grid)
+            scales, weight = self.scales[name], layer.get_parameter("weight")
+            start = self.choose_weight_scale(weight.detach().float().cpu().numpy(), scales.weight_grid)
             with torch.no_grad():
                 scales.weight.copy_(torch.from_numpy(np.asarray(start)))
                 if scales.keep is not None:
-                    scales.keep.copy_(layer.weight != 0)
+                    scales.keep.copy_(weight != 0)
 
     def unused_layers(self) -> List[str]:
         """Quantizable layers that the recorded run never reached."""

@@ -256,8 +256,8 @@ class Tracker(TorchFunctionMode):
         name = function_name(func)
         layer = self._layer_of(args, kwargs) if name in LAYER_FUNCTIONS else ""
         if layer:
-            marks = (self.mark_of(tensors[0]),)
-            return Call(self._unique(layer), OpKind.LAYER, func, args, kwargs, (tensors[0],), marks, layer)
+            mark = self.mark_of(tensors[0])
+            return Call(self._unique(layer), OpKind.LAYER, func, args, kwargs, (tensors[0],), (mark,), layer)
         inputs = tuple(tensor for tensor in tensors if self.mark_of(tensor) is not None)
         kind = operation_kind(name, args, kwargs, constants=len(inputs) < len(tensors))
         marks = tuple(self.mark_of(tensor) for tensor in inputs)

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -83,8 +84,9 @@ def test_files_from_a_checkpoint_are_those_of_the_end_of_training(trained, tmp_p
     _, callback, path = trained
     wanted = callback.export(str(tmp_path / "live"), X)
     found = LSQQuantizer.from_checkpoint(Lit(), path).export(tmp_path / "again", X)
-    assert open(found.params, "rb").read() == open(wanted.params, "rb").read()
-    weights = [[onnx.numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer] for p in (wanted.onnx, found.onnx)]
+    assert Path(found.params).read_bytes() == Path(wanted.params).read_bytes()
+    weights = [[onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+               for path in (wanted.onnx, found.onnx)]
     assert all(np.array_equal(a, b) for a, b in zip(*weights))
 
 
@@ -171,4 +173,4 @@ def test_export_checkpoints_writes_files_beside_each(tmp_path):
     kept = [LSQQuantizer.from_checkpoint(Lit(), tmp_path / "kept" / (stem + ".ckpt")) for stem in stems]
     for stem, quantizer in zip(stems, kept):
         found = quantizer.export(tmp_path / "again", images(8)[0])
-        assert open(found.params, "rb").read() == (tmp_path / "kept" / (stem + ".compress_params.bin")).read_bytes()
+        assert Path(found.params).read_bytes() == (tmp_path / "kept" / (stem + ".compress_params.bin")).read_bytes()

@@ -324,7 +324,8 @@ class Broken(Base):
         return self.b(x)
 
 
-@pytest.mark.parametrize("error", [ValueError("user"), KeyboardInterrupt(), GeneratorExit()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", [ValueError("user"), KeyboardInterrupt(), GeneratorExit()],
+                         ids=lambda error: type(error).__name__)
 def test_nothing_stays_after_an_exception(error):
     model = Broken(None)
     quantizer = quantized(model, X)
