@@ -1,7 +1,7 @@
 """Turning layers into expanded ones and back, without changing which objects they are."""
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple
+from typing import Any, Literal, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ def expand_layer(layer: Any, rate: int, add_batchnorm: bool, add_bypass: bool, k
     outputs, inputs, extents = weight.shape[0], weight.shape[1], weight.shape[2:]
     for name, shape in (("first", (rate * inputs, inputs)), ("middle", (rate * outputs, rate * inputs, *extents)),
                         ("last", (outputs, rate * outputs))):
-        layer.register_parameter(name, nn.Parameter(_random(weight.new_empty(shape)), weight.requires_grad))
+        start = _random(weight.new_empty(shape), "fan_in" if name == "last" else "fan_out")
+        layer.register_parameter(name, nn.Parameter(start, weight.requires_grad))
     _add_normalizations(layer, rate * inputs, rate * outputs, add_batchnorm)
     if keep_weights:
         layer.set_compact(weight.detach(), None if bias is None else bias.detach().clone())
@@ -80,8 +81,14 @@ def _add_normalizations(layer: ExpandedLayer, inner: int, outer: int, present: b
         layer.register_buffer(name, value if present else None)
 
 
-def _random(weight: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(weight, a=5 ** 0.5)
+def _random(weight: Tensor, mode: Literal["fan_in", "fan_out"]) -> Tensor:
+    """Start of one weight.
+
+    A normalized chain does not notice the scale of its weights, but their steps are the longer the smaller they are:
+    torch's own start, several times smaller than this one, trains to worse nets. The last weight keeps activations at
+    the size at which a ReLU expects them.
+    """
+    return nn.init.kaiming_normal_(weight, mode=mode, nonlinearity="relu")
 
 
 def _tap(layer: Any) -> Optional[Tuple[int, ...]]:
