@@ -131,7 +131,7 @@ def _way_to_variable(statistic: tf.Tensor) -> Tuple[List[tf.Tensor], str]:
     ways: List[List[tf.Tensor]] = [[statistic]]
     seen: Set[str] = set()
     for _ in range(_STEPS_TO_ASSIGN):
-        longer = []
+        longer: List[List[tf.Tensor]] = []
         for way in ways:
             for op in way[-1].consumers():
                 if op.type in _ASSIGN:

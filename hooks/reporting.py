@@ -35,9 +35,9 @@ def coverage_text(coverage: Coverage) -> str:
     for name, kind, weights, share, state, reason in coverage.rows():
         cells = (name, kind, "{:,}".format(weights), "{:.1%}".format(share), state, reason)
         table.add_row(*map(Text, cells))
-    console = Console(file=io.StringIO(), width=_WIDTH)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
+    text = io.StringIO()
+    Console(file=text, width=_WIDTH).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
 
 
 def convert_command(stem: str) -> str:

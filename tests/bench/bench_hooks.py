@@ -3,8 +3,8 @@
     python tests/bench/bench_hooks.py [--rounds 25] [--json FILE]
 
 The network is eight 3x3 convolutions with batch norm and ReLU, batch 8, 64x64. Steps of all graphs take turns, so that
-whatever else the machine does hits all of them; the figures are ratios of medians, of wall time and of the time that the
-process itself computed.
+whatever else the machine does hits all of them; the figures are ratios of medians, of wall time and of the time that
+the process itself computed.
 """
 import argparse
 import json
