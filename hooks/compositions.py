@@ -6,7 +6,7 @@ old name), so the graph has no stale value. The graph remembers each of them in 
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, List, NamedTuple, Set
+from typing import Any, Dict, List, NamedTuple, Set, Tuple
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -42,6 +42,11 @@ def remember(graph: tf.Graph, composition: Composition) -> None:
 def replaced_layers(graph: tf.Graph) -> Set[str]:
     """Names of the operations whose work a chain of others does."""
     return {made.layer for made in compositions(graph) if made.factors}
+
+
+def computing_scopes(graph: tf.Graph) -> Tuple[str, ...]:
+    """Scopes of the operations that compute weights, or train an expanded layer: no layers of the network."""
+    return tuple(made.kernel[:made.kernel.rindex("/") + 1] for made in compositions(graph))
 
 
 def is_merged(graph: tf.Graph, kernel: tf.Tensor) -> bool:

@@ -13,6 +13,8 @@ from slimtrain.hooks.own_weights import OwnWeight, make_part
 
 #: scope of all operations of chains
 SCOPE = "low_rank"
+#: scope of the products of factors
+_PRODUCTS = "low_rank_product"
 
 
 def replace_layer(own: OwnWeight, factors: Sequence[Any]) -> List[Any]:
@@ -35,7 +37,7 @@ def replace_layer(own: OwnWeight, factors: Sequence[Any]) -> List[Any]:
     with graph.as_default(), tf.control_dependencies(None), tf.name_scope(None):
         variables = [make_part(own, "factor_{}".format(index), value, trained) for index, value in enumerate(factors)]
         shapes = [variable.shape.as_list() for variable in variables]
-        with tf.device(own.variable.device), tf.name_scope("{}/{}/".format(SCOPE, own.variable.op.name)):
+        with tf.device(own.variable.device), tf.name_scope("{}/{}/".format(_PRODUCTS, own.variable.op.name)):
             kernel = tf.identity(own.as_variable(_product([v.read_value() for v in variables], own.transposed)),
                                  name="kernel")
             kernel.set_shape(own.variable.shape)

@@ -20,6 +20,9 @@ from slimtrain.hooks import (
     structure_in,
     structure_of,
 )
+from slimtrain.hooks.helpers import get_op_name_of_type
+from slimtrain.hooks.operations import forward_names
+from slimtrain.hooks.pruning_layers import prunable_weights
 from slimtrain.proto import read_params
 from tf_setup import one_thread, session, tf
 
@@ -189,6 +192,26 @@ def save_initial(graph, path):
     with session(graph) as run:
         run.run(init)
         get_op_weight_values(run, path)
+
+
+def test_other_algorithms_see_the_chains_alone(tmp_path):
+    structure_run.save_weights(str(tmp_path / "weights.npy"))
+    made = []
+    for outputs in (["logits"], None):
+        with tf.Graph().as_default() as graph:
+            structure_run.network()
+            hook = structure_run.low_rank(str(tmp_path))
+            chains = {"low_rank/{}/{}".format(name, index) for name, shapes in structure_of(graph).items()
+                      for index in range(len(shapes))}
+            found = prunable_weights(graph, outputs)
+            assert set(found.layers) == chains | {"c0/conv"} and not found.left
+            assert set(get_op_name_of_type(graph)) == set(found.layers)
+            assert not forward_names(graph) & set(structure_of(graph))
+            quantizer = LSQQuantizer(graph, True, output_names=outputs)
+            assert {row.name for row in quantizer.coverage().layers} == set(found.layers)
+            assert quantizer.coverage().fraction == 1.0 and len(hook.report) == 4
+            made.append(sorted(v.op.name for v in tf.global_variables()))
+    assert made[0] == made[1]  # whether the outputs are named or not
 
 
 def test_the_guides_sample_runs(tmp_path, monkeypatch):
