@@ -137,7 +137,8 @@ class Names(Spec):
         return tuple(value)
 
     def schema(self) -> Dict[str, Any]:
-        return {"type": "array", "items": {"type": "string"}}
+        # one string holds names joined by "+", as in the one-line form
+        return {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
 
 
 class LayerBits(Spec):
