@@ -8,10 +8,20 @@ pytest.importorskip("onnxruntime", reason="this environment has no onnxruntime")
 from onnx import helper  # noqa: E402
 
 from offline_models import everything, model_of, normal  # noqa: E402
-from slimtrain.core import ActivationMethod, ConversionError, Grid, LayerState, WeightMethod, sqnr_db  # noqa: E402
+from slimtrain.core import (  # noqa: E402
+    ActivationMethod,
+    ConversionError,
+    Grid,
+    IntegerConv,
+    LayerState,
+    WeightMethod,
+    accumulate,
+    sqnr_db,
+)
 from slimtrain.proto.onnx_check import run_onnx  # noqa: E402
 from slimtrain.proto.onnx_deploy import deploy_onnx  # noqa: E402
 from slimtrain.proto.onnx_equalization import equalize  # noqa: E402
+from slimtrain.proto.onnx_geometry import conv_geometry  # noqa: E402
 from slimtrain.proto.onnx_graph import OnnxGraph  # noqa: E402
 from slimtrain.proto.onnx_normal import normal_form  # noqa: E402
 from slimtrain.proto.onnx_offline import OfflineSettings, quantize_onnx  # noqa: E402
@@ -123,6 +133,52 @@ def test_a_matmul_that_is_added_to_another_tensor_keeps_that_addition(tmp_path):
     _, result = deployed(model, OfflineSettings(), tmp_path, batches(2, (2, 5, 6)))
     assert result.simulation_sqnr_db >= 100
     assert result.reference_sqnr_db > 35
+
+
+def test_a_constant_that_is_no_bias_stays_an_addition(tmp_path):
+    rng = np.random.RandomState(10)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Add", ["m", "position"], ["y"])]
+    constants = {"w": normal(rng, 6, 6), "position": normal(rng, 1, 5, 6)}
+    model = model_of(nodes, constants, {"x": ["n", 5, 6]}, {"y": ["n", 5, 6]})
+    _, result = deployed(model, OfflineSettings(), tmp_path, batches(2, (2, 5, 6)))
+    assert result.simulation_sqnr_db >= 100
+    assert result.reference_sqnr_db > 35
+
+
+def test_a_sum_is_on_its_grid_for_all_that_read_it(tmp_path):
+    rng = np.random.RandomState(11)
+    nodes = [helper.make_node("Conv", ["x", "w0"], ["a"]), helper.make_node("Conv", ["a", "w1"], ["b"]),
+             helper.make_node("Add", ["a", "b"], ["s"]), helper.make_node("Conv", ["s", "w2"], ["c"]),
+             helper.make_node("Add", ["s", "c"], ["t"]), helper.make_node("Sigmoid", ["t"], ["y"])]
+    constants = {name: normal(rng, 4, 4, 1, 1, gain=0.6) for name in ("w0", "w1", "w2")}
+    model = model_of(nodes, constants, {"x": ["n", 4, 6, 6]}, {"y": ["n", 4, 6, 6]})
+    _, result = deployed(model, OfflineSettings(bits=4), tmp_path, batches(2, (2, 4, 6, 6)))
+    assert result.simulation_sqnr_db >= 100
+
+
+@pytest.mark.parametrize("attributes", [
+    {"auto_pad": "SAME_UPPER", "strides": [2, 1]}, {"auto_pad": "SAME_LOWER", "strides": [2, 1]},
+    {"pads": [1, 0, 2, 3], "dilations": [1, 2]}, {"auto_pad": "VALID"}], ids=lambda value: str(sorted(value)))
+def test_geometry_is_that_of_onnxruntime(attributes):
+    rng = np.random.RandomState(12)
+    x, weight = (rng.randint(-9, 10, size=shape) for shape in ((2, 4, 9, 8), (6, 2, 2, 3)))
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=2, **attributes)
+    model = model_of([node], {"w": weight.astype(np.float32)}, {"x": ["n", 4, 9, 8]}, {"y": ["n", 6, "h", "w"]})
+    (expected,) = run_onnx(model, {"x": x.astype(np.float32)})
+    geometry = conv_geometry(node, weight.shape, x.shape[2:])
+    assert geometry.kernel == (2, 3)
+    conv = IntegerConv(weight, np.ones(6, np.float32), None, 1.0, 1.0, Grid(8, -127, 127), geometry.strides,
+                       geometry.padding, geometry.dilation, 2)
+    np.testing.assert_array_equal(accumulate(x, conv), expected)
+
+
+def test_a_depthwise_bias_is_the_nearest_whole_number_of_accumulator_steps():
+    quantized = quantize_onnx(everything(), batches(2))
+    (layer,) = [layer for layer in quantized.rewritten.layers.values() if layer.name == "deep"]
+    unit = np.float32(layer.input_scale) * layer.weight_scales
+    steps = np.trunc(layer.bias / unit)  # as MNN stores it
+    np.testing.assert_array_equal(steps, np.round(layer.float_bias.astype(np.float64) / unit))
+    assert np.abs(steps).max() > 1
 
 
 def test_clamps_narrow_the_levels(tmp_path):
