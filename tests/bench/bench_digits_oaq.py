@@ -4,7 +4,8 @@
 
 A net of four convolutions and a linear layer is trained in float, then fine-tuned for 8 epochs with each quantizer. The
 sums of products of every layer over the whole test set are computed anew in int64 from the integers that are deployed;
-beyond 32767 they overflow 16 bits. Step times are ratios to the float step, of medians over steps that take turns.
+beyond 32767 they overflow 16 bits. Step times are ratios to the float step, of median processor times over steps that
+take turns.
 Takes minutes.
 """
 import argparse
@@ -84,9 +85,9 @@ def measure(nets, kind):
 
 
 def stepper(make_quantizer):
-    """A function that makes one training step of a ResNet-18 of a quarter width, batch 8, 112x112."""
+    """A function that makes one training step of a ResNet-18, batch 8, 112x112."""
     torch.manual_seed(0)
-    model, images, labels = ResNet(16).train(), torch.randn(8, 3, 112, 112), torch.randint(10, (8,))
+    model, images, labels = ResNet(64).train(), torch.randn(8, 3, 112, 112), torch.randint(10, (8,))
     if make_quantizer is not None:
         make_quantizer(model).convert()
         model(images)
@@ -100,16 +101,16 @@ def stepper(make_quantizer):
     return step
 
 
-def step_ratios(rounds):
-    """Medians over steps that take turns, over that of the float step."""
+def step_ratios(rounds, warm_up=5):
+    """Medians of processor time over steps that take turns, over that of the float step."""
     steps = {"float": stepper(None), "LSQ": stepper(LSQQuantizer), "OAQ": stepper(OAQQuantizer)}
     times = {name: [] for name in steps}
-    for number in range(rounds + 5):
+    for number in range(rounds + warm_up):
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             step()
-            if number >= 5:  # compiles, and narrows most clamps
-                times[name].append(time.perf_counter() - begin)
+            if number >= warm_up:  # before that it compiles, and narrows most clamps
+                times[name].append(time.process_time() - begin)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {name: medians[name] / medians["float"] for name in ("LSQ", "OAQ")}
 
@@ -121,7 +122,7 @@ def main():
     options = parser.parse_args()
     digits_torch.quiet()
     ratios = step_ratios(options.rounds)
-    print("training step over the float one, ResNet-18 of quarter width: LSQ %.2f, OAQ %.2f (at most %.2f)\n" % (
+    print("training step over the float one, ResNet-18: LSQ %.2f, OAQ %.2f (at most %.2f)\n" % (
         ratios["LSQ"], ratios["OAQ"], SLOWEST))
     nets = digits_torch.float_nets()
     print("digits, 8 bits, mean of %d seeds; float %.4f; OAQ may be %.3f behind LSQ\n" % (
