@@ -5,6 +5,7 @@ converted, and constants are initializers that are no inputs. What cannot be fol
 """
 from __future__ import annotations
 
+import logging
 import os
 from typing import List, Optional, Tuple, Union
 
@@ -13,8 +14,11 @@ import onnx
 from onnx import helper, version_converter
 
 from slimtrain.core import ConversionError, fold_batch_norm
+from slimtrain.proto.onnx_geometry import conv_geometry
 from slimtrain.proto.onnx_graph import OnnxGraph, attribute
 from slimtrain.proto.onnx_match import node_weight
+
+logger = logging.getLogger(__name__)
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -46,6 +50,8 @@ def normal_form(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = OnnxGraph(_without_constant_inputs(_recent(model)))
     _constants_to_initializers(graph)
     for node in list(graph.nodes):
+        if node.op_type == "Conv" and attribute(node, "auto_pad") == b"SAME_LOWER":
+            _write_padding(graph, node)
         if node.op_type == "Gemm":
             _fold_gemm_factors(graph, node)
         if node.op_type in ("Conv", "Gemm"):
@@ -81,6 +87,26 @@ def _constants_to_initializers(graph: OnnxGraph) -> None:
         if value is not None and node.output[0] not in graph.outputs:
             graph.replace([node], [])
             graph.initializers[node.output[0]] = onnx.numpy_helper.from_array(value, node.output[0])
+
+
+def _write_padding(graph: OnnxGraph, node: onnx.NodeProto) -> None:
+    """Write SAME_LOWER as numbers: MNN puts an odd one on the other side."""
+    weight, shape = graph.constant(node.input[1]), graph.shapes().get(node.input[0], [])[2:]
+    if weight is None:
+        return
+    strides = list(attribute(node, "strides", [1] * (weight.ndim - 2)))
+    if set(strides) == {1}:
+        shape = [1] * len(strides)  # the padding does not depend on it
+    if len(shape) != len(strides) or None in shape:
+        logger.warning("%s is padded by SAME_LOWER and the size of its input is not known: where the padding is odd, "
+                       "MNN puts the odd one on the other side", node.output[0])
+        return
+    padding = conv_geometry(node, weight.shape, [int(size or 1) for size in shape]).padding[-len(strides):]
+    kept = [item for item in node.attribute if item.name not in ("auto_pad", "pads")]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    pads = [before for before, _ in padding] + [after for _, after in padding]
+    node.attribute.append(helper.make_attribute("pads", pads))
 
 
 def _fold_gemm_factors(graph: OnnxGraph, node: onnx.NodeProto) -> None:

@@ -172,6 +172,18 @@ def test_geometry_is_that_of_onnxruntime(attributes):
     np.testing.assert_array_equal(accumulate(x, conv), expected)
 
 
+@pytest.mark.parametrize("mode", ["SAME_LOWER", "SAME_UPPER"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_odd_padding_is_on_the_side_that_the_file_says(mode, stride, tmp_path):
+    rng = np.random.RandomState(13)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], auto_pad=mode, strides=[stride, stride])]
+    outputs = {"y": ["n", 4, 8 // stride, 8 // stride]}
+    model = model_of(nodes, {"w": normal(rng, 4, 3, 2, 3)}, {"x": ["n", 3, 8, 8]}, outputs)
+    _, result = deployed(model, OfflineSettings(), tmp_path, batches(1, (1, 3, 8, 8)))
+    assert result.simulation_sqnr_db >= 100
+    assert result.reference_sqnr_db > 35
+
+
 def test_a_depthwise_bias_is_the_nearest_whole_number_of_accumulator_steps():
     quantized = quantize_onnx(everything(), batches(2))
     (layer,) = [layer for layer in quantized.rewritten.layers.values() if layer.name == "deep"]
