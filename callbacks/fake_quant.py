@@ -47,7 +47,7 @@ def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
     if x.dtype in _NARROW:  # a grid of 255 levels does not fit the 8 bits of bfloat16: compute wide, return narrow
         return fake_quantize(x.float(), scale, levels).to(x.dtype)
     bounds = levels.lower.to(x.dtype), levels.upper.to(x.dtype)
-    return _FakeQuantize.apply(x, scale.to(x.dtype), *bounds, levels.gradient_scale)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale.to(x.dtype), *bounds, levels.gradient_scale)
 
 
 def integer_levels(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
