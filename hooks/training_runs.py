@@ -47,14 +47,13 @@ def _operations(graph: tf.Graph, fetches: Any) -> Iterator[tf.Operation]:
         return
     if isinstance(fetches, dict):
         fetches = list(fetches.values())
-    if isinstance(fetches, (list, tuple)):  # named tuples and sparse values among them
+    if isinstance(fetches, (list, tuple)):
         for fetch in fetches:
             yield from _operations(graph, fetch)
         return
-    if hasattr(fetches, "values") and hasattr(fetches, "indices"):
-        fetches = fetches.values
-    element = graph.as_graph_element(fetches)
-    yield element if isinstance(element, tf.Operation) else element.op
+    for part in tf.nest.flatten(fetches, expand_composites=True):  # sparse and ragged tensors have several
+        element = graph.as_graph_element(part)
+        yield element if isinstance(element, tf.Operation) else element.op
 
 
 def _learned(graph: tf.Graph) -> Set[str]:

@@ -23,8 +23,10 @@ def trained():
         search = tf.assign_add(kernel, tf.random_normal(kernel.shape))  # an evolution strategy has no gradients
         averages = tf.group(*tf.get_collection(tf.GraphKeys.UPDATE_OPS))
         counted = tf.assign_add(step, 1)
+        ragged = tf.RaggedTensor.from_row_splits(tf.reshape(y, [1]), [0, 1])
+        rows = tf.IndexedSlices(gradients[0], tf.range(3))
         yield graph, dict(y=y, step=step, update=update, gradients=gradients, kernel=kernel, search=search,
-                          averages=averages, counted=counted)
+                          averages=averages, counted=counted, ragged=ragged, rows=rows)
 
 
 Pair = collections.namedtuple("Pair", "one other")
@@ -45,6 +47,8 @@ Pair = collections.namedtuple("Pair", "one other")
     (lambda made: [made["y"], made["step"], made["kernel"]], False),
     (lambda made: made["averages"], False),
     (lambda made: tf.SparseTensorValue(made["y"], made["y"], made["y"]), False),
+    (lambda made: made["ragged"], False),
+    (lambda made: made["rows"], True),
     (lambda made: [], False),
     (lambda made: None, False),
 ])
