@@ -58,7 +58,7 @@ class CompressionReportCallback(Callback):
             logger.info("there is no compression report: no model was converted")
             return
         self.report = _report(type(pl_module).__name__, exporter, callbacks, self._history)
-        folder = os.path.dirname(os.path.abspath(exporter.deployed.mnn))  # type: ignore[attr-defined]
+        folder = os.path.dirname(os.path.abspath(exporter.deployed.mnn))
         save_report(os.path.join(folder, "compression_report.json"), self.report)
         if self.html:
             write_page(os.path.join(folder, "compression_report.html"), self.report)

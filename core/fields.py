@@ -163,7 +163,7 @@ class When(Spec):
 
     def check(self, value: Any) -> Moment:
         check_moment(value)
-        return value  # type: ignore[no-any-return]
+        return value
 
     def schema(self) -> Dict[str, Any]:
         return {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0, "maximum": 1},
