@@ -1,8 +1,8 @@
 """slimtrain for PyTorch: compression objects for plain loops and a Lightning callback over each."""
 
-from slimtrain.callbacks.configuration import from_config
 from slimtrain.callbacks.bit_picture import draw_sensitivity
 from slimtrain.callbacks.bit_sensitivity import int8_sensitivity, sensitivity_table, weight_sensitivity
+from slimtrain.callbacks.configuration import from_config
 from slimtrain.callbacks.ema_callback import EMAQuantizerCallback
 from slimtrain.callbacks.ema_quantizer import EMAQuantizer
 from slimtrain.callbacks.exporting import Deployed, Exported

@@ -240,8 +240,10 @@ class _ChannelRecorder(Handler):
 
     def _shadowed(self, values: Any, tracker: Tracker) -> Any:
         """Call arguments with shadows for tensors; index tensors stay."""
-        return map_tensors(lambda value: self._shadow(value, tracker).contiguous() if value.is_floating_point() else value,
-                           values)
+        def shadowed(value: Tensor) -> Tensor:
+            return self._shadow(value, tracker).contiguous() if value.is_floating_point() else value
+
+        return map_tensors(shadowed, values)
 
     def _along(self, shadow: Tensor, dim: int) -> np.ndarray:
         """The channel at each position of a dimension; -1, and fixed, where it is not the same everywhere."""

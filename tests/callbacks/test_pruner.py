@@ -95,7 +95,8 @@ def test_pruned_weights_stay_exactly_zero(kind, make):
     assert zeros(model, pruner) == before
 
 
-@pytest.mark.parametrize("ramp, wanted", [(Ramp.LINEAR, [0.2, 0.4, 0.6]), (Ramp.CUBIC, [0.6 * 19 / 27, 0.6 * 26 / 27, 0.6])])
+@pytest.mark.parametrize("ramp, wanted", [
+    (Ramp.LINEAR, [0.2, 0.4, 0.6]), (Ramp.CUBIC, [0.6 * 19 / 27, 0.6 * 26 / 27, 0.6])])
 def test_iterations_are_apart_and_grow(ramp, wanted):
     model = Small(16)
     pruner = SNIPLevelPruner(model, 0.6, 3, prune_finetune_iterations=2, sensitivity_steps=2, ramp=ramp)

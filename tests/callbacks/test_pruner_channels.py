@@ -10,7 +10,7 @@ from slimtrain.callbacks.channel_trace import trace_channels
 from slimtrain.core import OVERALL, ChannelPlan
 from zoo import ZOO, lived_in
 
-NETS = {name: net for name, net in ZOO.items()}
+NETS = dict(ZOO)
 
 
 def pruned(make, shape, sparsity=0.5, **options):

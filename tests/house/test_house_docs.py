@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs: that of PyTorch, commands and pipelines here; TensorFlow's in tests/hooks."""
+"""Every code block of README and docs runs: PyTorch's, commands and pipelines here, TensorFlow's in tests/hooks."""
 from __future__ import annotations
 
 import shlex

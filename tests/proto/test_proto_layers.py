@@ -41,7 +41,14 @@ def test_bad_values_are_refused_by_layer_name(changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"weight_grid": (-8, 7)}, {"outputs": "y"}, {"outputs": (1,)}, {"method": 0}, {"input_scale": "1"}, {"output_scale": [1, 2]}],
+    [
+        {"weight_grid": (-8, 7)},
+        {"outputs": "y"},
+        {"outputs": (1,)},
+        {"method": 0},
+        {"input_scale": "1"},
+        {"output_scale": [1, 2]},
+    ],
 )
 def test_bad_kinds_are_refused_by_layer_name(changes):
     with pytest.raises(TypeError, match="layer 'block1.conv'"):
