@@ -10,7 +10,7 @@ from slimtrain.callbacks.layer_statistics import layer_statistics
 from slimtrain.callbacks.lightning_bases import Callback
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.core import CompressionReport, History, save_report
-from slimtrain.proto.conversion_report import LayerNote, conversion_report
+from slimtrain.proto.conversion_report import LayerNote, conversion_report, joined
 from slimtrain.proto.report_page import write_page
 from slimtrain.proto.report_table import report_text
 
@@ -80,10 +80,8 @@ def _report(title: str, exporter: Any, callbacks: List[CompressionCallback], his
 
 def _notes(callbacks: List[CompressionCallback]) -> Mapping[str, LayerNote]:
     """What each callback says of a layer, joined."""
-    joined: Dict[str, LayerNote] = {}
+    notes: Dict[str, LayerNote] = {}
     for callback in callbacks:
         for name, note in callback.layer_notes().items():
-            before = joined.get(name, LayerNote(0.0, ""))
-            words = [part for part in (before.note, note.note) if part]
-            joined[name] = LayerNote(max(before.sparsity, note.sparsity), "; ".join(words))
-    return joined
+            notes[name] = joined(notes.get(name), note)
+    return notes

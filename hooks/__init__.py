@@ -15,6 +15,7 @@ from slimtrain.hooks.oaq_quantizer import OAQQuantizer
 from slimtrain.hooks.offline_quantizer import OfflineQuantizer
 from slimtrain.hooks.pruner_hooks import SIMDOCPrunerHook, SNIPLevelPrunerHook, TaylorFOChannelPrunerHook
 from slimtrain.hooks.quantizer_hooks import EMAQuantizerHook, LSQQuantizerHook, OAQQuantizerHook, WAQQuantizerHook
+from slimtrain.hooks.report_hook import CompressionReportHook
 from slimtrain.hooks.sensitivity import SensitivityAnalyzer
 from slimtrain.hooks.simd_oc_pruner import SIMDOCPruner
 from slimtrain.hooks.snip_pruner import SNIPLevelPruner
@@ -26,6 +27,7 @@ from slimtrain.hooks.weight_quantizer import WeightQuantizer, strip_wq_ops
 from slimtrain.hooks.weight_quantizer_hook import WeightQuantizerHook
 
 __all__ = [
+    "CompressionReportHook",
     "EMAQuantizer",
     "EMAQuantizerHook",
     "ExpandedLine",

@@ -13,6 +13,7 @@ from slimtrain.hooks.lop_hook import LOPHook
 from slimtrain.hooks.low_rank_hook import LowRankDecompositionHook
 from slimtrain.hooks.pruner_hooks import SIMDOCPrunerHook, SNIPLevelPrunerHook, TaylorFOChannelPrunerHook
 from slimtrain.hooks.quantizer_hooks import EMAQuantizerHook, LSQQuantizerHook, OAQQuantizerHook, WAQQuantizerHook
+from slimtrain.hooks.report_hook import CompressionReportHook
 from slimtrain.hooks.weight_quantizer_hook import WeightQuantizerHook
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -35,7 +36,7 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
                 export_to: Optional[str] = None, graph: Optional[tf.Graph] = None, train_steps: Optional[int] = None,
                 epoch_steps: Optional[float] = None, init_checkpoint: Optional[str] = None,
                 checkpoint_dir: Optional[str] = None, is_training: Optional[bool] = None,
-                is_chief: bool = True) -> List[ExportingHook]:
+                is_chief: bool = True, report: bool = False) -> List[tf.train.SessionRunHook]:
     """The hooks of a pipeline, for ``MonitoredTrainingSession(hooks=...)``.
 
     Call it after the model is built, and before the optimizer and the session.
@@ -52,6 +53,7 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
         checkpoint_dir: the session's own folder, from which a low-rank stage resumes.
         is_training: None for a placeholder that hooks feed; see the quantizers.
         is_chief: whether this process exports and takes decisions, as given to the session.
+        report: add a :class:`CompressionReportHook`, which converts the model when the session ends.
 
     Raises:
         PipelineError: the pipeline cannot work; one line that names the place and the mend.
@@ -72,7 +74,7 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
         hook = _HOOKS[stage.OBJECT](**arguments)
         hook.final_name = name or hook.final_name
         hooks.append(hook)
-    return hooks
+    return [*hooks, CompressionReportHook(hooks, is_chief=is_chief)] if report else list(hooks)
 
 
 def _moments(stage: Stage, train_steps: Optional[int], epoch_steps: Optional[float]) -> Dict[str, Any]:

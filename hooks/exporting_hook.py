@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import tensorflow.compat.v1 as tf
 
-from slimtrain.hooks.reporting import convert_command
+from slimtrain.proto import ConvertOptions
+from slimtrain.proto.conversion_report import LayerNote, convert_command
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class ExportingHook(tf.train.SessionRunHook):
                              .format(export_dir))
         self.graph = graph
         self.final_name = FINAL_NAME  #: of the files of the last export, without suffix
+        self.exported = ""  #: path without suffix of the last export, once training has ended
         self._export_dir = export_dir
         self._exports = bool(output_names)
         self._is_chief = is_chief
@@ -55,6 +57,18 @@ class ExportingHook(tf.train.SessionRunHook):
     def export(self, stem: str, session: tf.Session) -> None:
         """Write the files that begin with ``stem``."""
         raise NotImplementedError
+
+    def followed(self) -> Dict[str, Any]:
+        """What is worth watching in training: tensors and numbers by name."""
+        return {}
+
+    def layer_notes(self, session: tf.Session) -> Dict[str, LayerNote]:
+        """What was done to each layer, by its name."""
+        return {}
+
+    def convert_options(self) -> ConvertOptions:
+        """What the exported model is converted with."""
+        return ConvertOptions()
 
     def begin(self) -> None:
         """Make sure that the session is going to run the graph that this hook was made for.
@@ -81,7 +95,9 @@ class ExportingHook(tf.train.SessionRunHook):
         elif self.ready(session):
             stem = os.path.join(folder, self.final_name)
             self._export(stem, session)
-            logger.info("to convert it for MNN: %s", convert_command(stem))
+            self.exported = stem
+            logger.info("to convert it for MNN: %s", convert_command(
+                stem + ".pb", stem + ".compress_params.bin", stem + ".mnn", self.convert_options()))
         else:
             logger.warning("nothing is exported by %s: it was not trained long enough", type(self).__name__)
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import tensorflow.compat.v1 as tf
 
@@ -14,6 +14,8 @@ from slimtrain.hooks.pruning_export import export_pruned
 from slimtrain.hooks.pruning_step import add_to_step, make_sensors
 from slimtrain.hooks.stacking import contribute
 from slimtrain.hooks.strip import is_quantized
+from slimtrain.proto import ConvertOptions
+from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,19 @@ class PrunerHook(ExportingHook):
                                "train it", name)
                 self.pruner.found.left[weight.layer.name] = "the training step does not train it"
         tf.summary.scalar("sparsity", self.pruner.sparsity.read_value())
+
+    def followed(self) -> Dict[str, Any]:
+        """The sparsity."""
+        return {"sparsity": self.pruner.sparsity}
+
+    def layer_notes(self, session: tf.Session) -> Dict[str, LayerNote]:
+        """The sparsity of each layer, or why it was left."""
+        return {row.name: LayerNote(row.ratio, row.reason or "pruned %.1f %%" % (100 * row.ratio))
+                for row in self.pruner.report(session)}
+
+    def convert_options(self) -> ConvertOptions:
+        """Weights in 8 bits, zeros left out."""
+        return ConvertOptions(weight_bits=8, sparse=True)
 
     def ready(self, session: tf.Session) -> bool:
         """Whether something was pruned."""

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import io
-import os
-import shlex
 from typing import Any, Mapping
 
 import tensorflow.compat.v1 as tf
@@ -38,10 +36,3 @@ def coverage_text(coverage: Coverage) -> str:
     text = io.StringIO()
     Console(file=text, width=_WIDTH).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
-
-
-def convert_command(stem: str) -> str:
-    """The command that converts exported files for MNN, to be repeated in a shell."""
-    params = ["--params", stem + ".compress_params.bin"] if os.path.exists(stem + ".compress_params.bin") else []
-    words = ["slimtrain", "convert", stem + ".pb"] + params + ["--output", stem + ".mnn"]
-    return " ".join(map(shlex.quote, words))

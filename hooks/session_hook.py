@@ -5,7 +5,7 @@ Whatever must survive is a variable of the graph, so the session's own saver kee
 from __future__ import annotations
 
 import logging
-from typing import Any, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import tensorflow.compat.v1 as tf
 
@@ -13,6 +13,7 @@ from slimtrain.hooks.exporting_hook import ExportingHook
 from slimtrain.hooks.quantizer import GraphQuantizer
 from slimtrain.hooks.reporting import coverage_text, follow
 from slimtrain.hooks.training_runs import TrainingRuns
+from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,17 @@ class QuantizerHook(ExportingHook):
     def is_training(self) -> tf.Tensor:
         """The quantizer's training state. A placeholder is fed, unless a run does it: True if the run trains."""
         return self.quantizer.is_training
+
+    def followed(self) -> Dict[str, Any]:
+        """The scale of every activation."""
+        return {name: value for name, value in self.quantizer.followed().items()
+                if not name.endswith(("_bits", "/weight_scale"))}
+
+    def layer_notes(self, session: tf.Session) -> Dict[str, LayerNote]:
+        """The bits of each layer, or why it is float."""
+        bits = self.quantizer.bits
+        narrow = "trained on {}-bit weights, {}-bit activations".format(bits.weight, bits.activation)
+        return {row.name: LayerNote(0.0, row.reason or narrow) for row in self.quantizer.coverage().layers}
 
     def ready(self, session: tf.Session) -> bool:
         """Whether every scale has been set."""

@@ -25,6 +25,14 @@ class LayerNote(NamedTuple):
     note: str
 
 
+def joined(first: Optional[LayerNote], second: LayerNote) -> LayerNote:
+    """What two stages say of one layer."""
+    if first is None:
+        return second
+    words = [note for note in (first.note, second.note) if note]
+    return LayerNote(max(first.sparsity, second.sparsity), "; ".join(words))
+
+
 def conversion_report(
     title: str,
     model_path: PathLike,

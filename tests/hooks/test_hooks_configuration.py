@@ -1,13 +1,14 @@
 """Hooks from a pipeline: the file that PyTorch reads, a monitored session, a model that MNN runs as simulated."""
 import dataclasses
 import inspect
+import os
 
 import numpy as np
 import pytest
 
 import tf_nets
 from mnn_weights import decode
-from slimtrain.core import Kind, PipelineError, define_compress_flag, load_pipeline, sqnr_db
+from slimtrain.core import Kind, PipelineError, define_compress_flag, load_pipeline, load_report, sqnr_db
 from slimtrain.core.stages import STAGES
 from slimtrain.hooks import LSQQuantizerHook, SIMDOCPrunerHook, WeightQuantizerHook, from_config
 from slimtrain.hooks.configuration import _HOOKS
@@ -46,8 +47,9 @@ def run(config, folder, steps=6, **arguments):
             for number in range(steps):
                 session.run(train, {x: np.random.RandomState(number).randn(4, 8, 8, 3)})
             simulated = None
-            if isinstance(hooks[-1], LSQQuantizerHook):
-                simulated = hooks[-1].quantizer.simulate(session._tf_sess(), ["logits"], {x: images()})[0]
+            quantizers = [hook for hook in hooks if isinstance(hook, LSQQuantizerHook)]
+            if quantizers:
+                simulated = quantizers[0].quantizer.simulate(session._tf_sess(), ["logits"], {x: images()})[0]
     return hooks, simulated
 
 
@@ -60,15 +62,25 @@ def test_prune_then_quantize_from_one_file(tmp_path):
     path.write_text("pipeline:\n- prune: simd_oc\n  sparsity: 0.5\n  total_pruning_iterations: 2\n"
                     "  sensitivity_steps: 1\n  begin: 0.0\n  end: 1 epoch\n- quantize: lsq\n- export: %s\n"
                     % (tmp_path / "out" / "net"), encoding="utf-8")
-    (pruner, quantizer), simulated = run(path, tmp_path / "run", train_steps=6, epoch_steps=3)
+    (pruner, quantizer, report), simulated = run(path, tmp_path / "run", train_steps=6, epoch_steps=3, report=True)
     assert (type(pruner), type(quantizer)) == (SIMDOCPrunerHook, LSQQuantizerHook)
     assert pruner.pruner.schedule.last_step == 3
     stem = str(tmp_path / "out" / "net")
+    check_report(load_report(tmp_path / "out" / "compression_report.json"), report.report, stem)
     conversion = convert(stem + ".pb", stem + ".mnn", stem + ".compress_params.bin")
     (found,) = run_model(stem + ".mnn", {"x": images()}).values()
     assert conversion.coverage.fraction == 1.0 and sqnr_db(simulated, found.reshape(simulated.shape)) >= 100
     zeros = {name: float((layer.levels == 0).mean()) for name, layer in decode(stem + ".mnn").items()}
     assert min(zeros.values()) > 0.2 and len(zeros) == 3
+
+
+def check_report(saved, reported, stem):
+    """The report is that of the file, and of the training."""
+    assert saved == reported and saved.coverage == 1.0 and saved.real_bytes == os.path.getsize(stem + ".mnn")
+    assert len(saved.layers) == 3 and all("8-bit" in row.note for row in saved.layers)
+    assert max(row.sparsity for row in saved.layers) > 0.4 and "pruned" in saved.layers[0].note
+    assert saved.curves["sparsity"].values[-1] == pytest.approx(0.5, abs=0.05)
+    assert any(name.endswith("input_scale") for name in saved.curves)
 
 
 def test_weights_alone(tmp_path):

@@ -9,7 +9,7 @@ from sources import FOLDERS, ROOT, calls, imports, library_sources, parsed, repo
 
 TOP_LEVEL = {
     ".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "README.zh.md",
-    "constraints", "docs", "examples", "pyproject.toml", "ruff.toml", "setup.cfg", "tests", *FOLDERS}
+    "constraints", "docs", "examples", "mkdocs.yml", "pyproject.toml", "ruff.toml", "setup.cfg", "tests", *FOLDERS}
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|root|home|Users|tmp)\b")
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "socketserver", "telnetlib",
            "urllib", "urllib3", "xmlrpc"}
