@@ -54,7 +54,7 @@ def from_config(path_or_text: Union[str, os.PathLike[str], Pipeline], *, module:
     Raises:
         PipelineError: the pipeline cannot work; one line that names the place and the mend.
     """
-    pipeline = path_or_text if isinstance(path_or_text, Pipeline) else load_pipeline(path_or_text)
+    pipeline = (path_or_text if isinstance(path_or_text, Pipeline) else load_pipeline(path_or_text)).one_run()
     if pipeline.export.checkpoints and pipeline.last.KIND not in _WITH_CHECKPOINTS:
         raise PipelineError("export: checkpoints=true needs a quantize stage: its callback exports beside checkpoints")
     if export_to is not None:

@@ -8,7 +8,6 @@ from typing import Any, Dict, Optional, Tuple
 from slimtrain.core.stages import (
     Export,
     Kind,
-    OverParameterize,
     Prune,
     PruneTaylorFO,
     Quantize,
@@ -34,7 +33,7 @@ class Pipeline:
         export: where the files go.
 
     Raises:
-        PipelineError: the stages cannot work together in one training run.
+        PipelineError: the stages cannot work together.
     """
 
     stages: Tuple[Stage, ...]
@@ -52,6 +51,25 @@ class Pipeline:
     def stage(self, kind: Kind) -> Optional[Stage]:
         """The stage of a kind, if there is one."""
         return next((stage for stage in self.stages if stage.KIND is kind), None)
+
+    @property
+    def runs(self) -> Tuple[Pipeline, ...]:
+        """The pipeline as training runs, one after the other: what is over-parameterized is merged before the rest."""
+        first, rest = self.stages[:1], self.stages[1:]
+        if first[0].KIND is not Kind.OVER_PARAMETERIZE or not rest:
+            return (self,)
+        return Pipeline(first, self.export), Pipeline(rest, self.export)
+
+    def one_run(self) -> Pipeline:
+        """The pipeline itself, if one training run can do it.
+
+        Raises:
+            PipelineError: it takes several.
+        """
+        if len(self.runs) > 1:
+            raise PipelineError("over_parameterize has a training run of its own, after which the model is merged: "
+                                "train the parts of pipeline.runs one after the other")
+        return self
 
     @property
     def last(self) -> Stage:
@@ -74,10 +92,6 @@ def _check_order(stages: Tuple[Stage, ...]) -> None:
 
 def _check_combinations(stages: Dict[Kind, Stage]) -> None:
     prune, quantize = stages.get(Kind.PRUNE), stages.get(Kind.QUANTIZE)
-    expand, low_rank = stages.get(Kind.OVER_PARAMETERIZE), stages.get(Kind.LOW_RANK)
-    if isinstance(expand, OverParameterize) and low_rank is not None:
-        raise PipelineError("over_parameterize and low_rank cannot share a run: the weights to decompose are not "
-                            "trained yet; train with over_parameterize, and decompose the merged model in a second run")
     if isinstance(prune, Prune) and isinstance(quantize, Quantize) and quantize.retain_sparsity is False:
         raise PipelineError("quantize: retain_sparsity=false after prune would let pruned weights grow again; leave it "
                             "out or say true")

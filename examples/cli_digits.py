@@ -14,7 +14,7 @@ import torch
 from digits_lightning import SEED, Digits, accuracy, load_images, run_mnn, train
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimtrain.callbacks import from_config
+from slimtrain.callbacks import LOPCallback, from_config
 from slimtrain.core import add_compress_flag
 
 
@@ -35,10 +35,13 @@ def main():
     with torch.no_grad():
         report = {"accuracy": {"float": accuracy(model.eval()(test_images), test_labels)}}
     if options.compress:
-        model.steps, model.rate = len(data) * options.compress_epochs, 1e-3
         os.makedirs(options.out, exist_ok=True)
-        callbacks = from_config(options.compress, export_to=os.path.join(options.out, "model"))
-        train(model, data, options.compress_epochs, *callbacks)
+        for part in options.compress.runs:  # what is over-parameterized has a run of its own, and is merged after it
+            model.steps, model.rate = len(data) * options.compress_epochs, 1e-3
+            callbacks = from_config(part, export_to=os.path.join(options.out, "model"))
+            train(model, data, options.compress_epochs, *callbacks)
+            if isinstance(callbacks[0], LOPCallback):
+                callbacks[0].merge()
         deployed = next(each.deployed for each in callbacks if getattr(each, "deployed", None))
         _, measured = run_mnn(deployed.mnn, test_images, test_labels)
         report["accuracy"]["mnn"] = measured["accuracy"]

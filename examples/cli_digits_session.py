@@ -14,17 +14,18 @@ from digits_monitored_session import BATCH, OUTPUT, SEED, accuracy, load_images,
 from rich.progress import track
 
 from slimtrain.core import add_compress_flag, sqnr_db
-from slimtrain.hooks import from_config
-from slimtrain.proto import convert, run_model
+from slimtrain.hooks import from_config, get_op_weight_values
+from slimtrain.proto import run_model
 
 
 class Judge(tf.train.SessionRunHook):
-    """Runs the last compression's simulation of the device when training ends."""
+    """When training ends, runs the last compression's simulation of the device, and saves weights for another run."""
 
-    def __init__(self, hook, images):
-        self.hook, self.images, self.simulated = hook, images, None
+    def __init__(self, hook, images, weights):
+        self.hook, self.images, self.weights, self.simulated = hook, images, weights, None
 
     def end(self, session):
+        get_op_weight_values(session, self.weights)  # expanded ones as what they are merged to
         if hasattr(self.hook, "quantizer"):
             (self.simulated,) = self.hook.quantizer.simulate(session, [OUTPUT], {"image:0": self.images})
 
@@ -63,20 +64,24 @@ def main():
     trained = train(os.path.join(work, "float"), images, labels, options.steps, 3e-3, "float")
     report = {"accuracy": {"float": test(trained, test_images, test_labels, quantized=False)[0]}}
     if options.compress:
-        stem, folder, judges = os.path.join(options.out, "model"), os.path.join(work, "compressed"), []
+        stem = os.path.join(options.out, "model")
+        for number, part in enumerate(options.compress.runs):  # what is over-parameterized has a run of its own
+            folder, judges, weights = os.path.join(work, str(number)), [], trained
 
-        def make_hooks():
-            hooks = from_config(options.compress, output_names=[OUTPUT], export_to=stem, init_checkpoint=trained,
-                                checkpoint_dir=folder, train_steps=options.compress_steps, is_training=True,
-                                epoch_steps=len(images) // BATCH)
-            judges.append(Judge(hooks[-1], test_images))
-            return [*hooks, *judges]
+            def make_hooks(part=part, folder=folder, judges=judges, weights=weights):
+                hooks = from_config(part, output_names=[OUTPUT], export_to=stem, init_checkpoint=weights, report=True,
+                                    checkpoint_dir=folder, train_steps=options.compress_steps, is_training=True,
+                                    epoch_steps=len(images) // BATCH)
+                judges.append(Judge(hooks[-2], test_images, os.path.join(folder, "weights.npz")))
+                return [*hooks, *judges]
 
-        train(folder, images, labels, options.compress_steps, 1e-3, "compressed", make_hooks)
-        conversion = convert(stem + ".pb", stem + ".mnn", stem + ".compress_params.bin")
+            train(folder, images, labels, options.compress_steps, 1e-3, "compressed", make_hooks)
+            trained = judges[0].weights
         (scores,) = run_model(stem + ".mnn", {"image": test_images}).values()
+        with open(os.path.join(options.out, "compression_report.json")) as file:
+            compression = json.load(file)
         report["accuracy"]["mnn"] = accuracy(scores, test_labels)
-        report.update(bytes=conversion.bytes, coverage=conversion.coverage.fraction)
+        report.update(bytes=compression["real_bytes"], coverage=compression["coverage"])
         if judges[0].simulated is not None:
             report["sqnr_db"] = min(sqnr_db(judges[0].simulated, scores), 300.0)
         with open(os.path.join(options.out, "report.json"), "w") as file:

@@ -59,7 +59,7 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
         PipelineError: the pipeline cannot work; one line that names the place and the mend.
         ValueError: ``train_steps`` or ``epoch_steps`` is missing; otherwise as the hooks.
     """
-    pipeline = path_or_text if isinstance(path_or_text, Pipeline) else load_pipeline(path_or_text)
+    pipeline = (path_or_text if isinstance(path_or_text, Pipeline) else load_pipeline(path_or_text)).one_run()
     folder, name = os.path.split(pipeline.export.to if export_to is None else export_to)
     common: Dict[str, Any] = {"graph": graph if graph is not None else tf.get_default_graph(), "is_chief": is_chief,
                               "output_names": output_names, "export_dir": folder or None}

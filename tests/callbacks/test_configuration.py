@@ -52,6 +52,8 @@ def test_checkpoints_are_exported_by_quantizers_only():
         from_config("prune:snip;export:out/m,checkpoints=true")
     with pytest.raises(PipelineError, match="did you mean quantize"):
         from_config("quantise:lsq")
+    with pytest.raises(PipelineError, match="has a training run of its own"):
+        from_config("over_parameterize:lop,expand_rate=2;quantize:lsq")
 
 
 def test_prune_then_quantize_from_one_file(tmp_path):

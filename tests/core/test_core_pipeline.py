@@ -95,6 +95,17 @@ def test_quantization_keeps_zeros_exactly_where_something_was_pruned():
     assert load_pipeline("quantize:oaq,retain_sparsity=true").last.retain_sparsity is True
 
 
+def test_what_is_over_parameterized_is_merged_before_the_rest():
+    pipeline = load_pipeline("over_parameterize:lop,expand_rate=4;prune:snip;quantize:lsq;export:out/m")
+    first, second = pipeline.runs
+    assert [stage.ALGORITHM for stage in first.stages] == ["lop"] and first.export == pipeline.export
+    assert second == load_pipeline("prune:snip;quantize:lsq;export:out/m")
+    with pytest.raises(PipelineError, match="has a training run of its own.*pipeline.runs"):
+        pipeline.one_run()
+    for alone in ("over_parameterize:lop,expand_rate=4", "low_rank;prune:snip;quantize:lsq"):
+        assert load_pipeline(alone).runs == (load_pipeline(alone),) == (load_pipeline(alone).one_run(),)
+
+
 WRONG = [  # text, the place and the mend
     ("", "no stage: give at least one"),
     ("quantise:lsq", "stage 1: expected one of .*'quantise': did you mean quantize"),
@@ -129,7 +140,6 @@ WRONG = [  # text, the place and the mend
     ("quantize:lsq;prune:snip", "stage 2: prune must come before quantize"),
     ("quantize:lsq;low_rank", "stage 2: low_rank must come before quantize"),
     ("quantize:lsq;quantize:ema", "stage 2: the pipeline has two stages of quantize, lsq and ema"),
-    ("over_parameterize:lop,expand_rate=4;low_rank", "cannot share a run"),
     ("prune:snip;quantize:lsq,retain_sparsity=false", "retain_sparsity=false after prune"),
     ("prune:snip;quantize:weight,mode=asymmetric", "mode asymmetric has no zero on its grid"),
     ("prune:simd_oc;quantize:waq", "zeros of simd_oc do not survive"),
