@@ -4,24 +4,30 @@
 (Esser et al., arXiv 1902.08153, equations 3 and 5): straight through inside the range for ``x``, and for ``s`` the
 rounding error inside and the clip level outside, scaled by ``1 / sqrt(N * upper)``.
 
-The arithmetic is two element-wise functions. On large float32 tensors they are compiled by ``torch.compile`` where
-that works on this machine; elsewhere the same functions run eagerly, with the same numbers. ``slimtrain.core.lsq``
-is their numpy oracle.
+The arithmetic is two element-wise functions. On large float32 tensors they run as compiled kernels where a compiler
+works on this machine; elsewhere the same functions run eagerly, with the same numbers. ``slimtrain.core.lsq`` is
+their numpy oracle.
 """
 from __future__ import annotations
 
 import functools
 import logging
 import math
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from slimtrain.callbacks.kernels import compile_kernel
 
 logger = logging.getLogger(__name__)
 
 #: below this many elements a kernel launch costs more than fusing saves, and compiling would cost seconds
 _COMPILE_FROM = 1 << 13
+#: a kernel counts its elements in 32 bits on a GPU
+_COMPILE_BELOW = 1 << 31
+#: others (fake, distributed, ...) bring operations of their own, which a kernel knows nothing of
+_PLAIN = (Tensor, nn.Parameter)
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -46,8 +52,10 @@ def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
     """
     if x.dtype in _NARROW:  # a grid of 255 levels does not fit the 8 bits of bfloat16: compute wide, return narrow
         return fake_quantize(x.float(), scale, levels).to(x.dtype)
-    bounds = levels.lower.to(x.dtype), levels.upper.to(x.dtype)
-    return _FakeQuantize.apply(x, scale.to(x.dtype), *bounds, levels.gradient_scale)
+    lower, upper = levels.lower, levels.upper
+    if x.dtype is not lower.dtype or x.dtype is not scale.dtype:
+        scale, lower, upper = scale.to(x.dtype), lower.to(x.dtype), upper.to(x.dtype)
+    return _FakeQuantize.apply(x, scale, lower, upper, levels.gradient_scale)
 
 
 def integer_levels(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
@@ -61,6 +69,10 @@ def _levels(t: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 def _forward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return _levels(x / scale, lower, upper) * scale
+
+
+def _forward_only(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tuple[Tensor]:
+    return (_forward(x, scale, lower, upper),)  # a kernel returns a tuple
 
 
 def _backward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, grad: Tensor) -> Tuple[Tensor, Tensor]:
@@ -82,16 +94,24 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.gradient_scale = gradient_scale
         if not _is_fused(x):
             return _forward(x, _broadcast(scale, x), lower, upper)
-        y = _call_compiled(_forward, x, scale, lower, upper)
-        return _shaped(y, x)
+        kernel = _compiled(_forward_only, x.device.type)
+        with torch._C.DisableTorchFunction():
+            dense = _dense(x, scale)
+            (y,) = kernel(*_matrices(scale, dense), lower, upper)
+            return _shaped(y, dense)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, scale, lower, upper = ctx.saved_tensors
         rows = scale.numel()
         if _is_fused(x):
-            dx, ds = _call_compiled(_backward_summed, x, scale, lower, upper, _in_layout_of(grads[0], x))
-            dx = _shaped(dx, x)
+            kernel = _compiled(_backward_summed, x.device.type)
+            with torch._C.DisableTorchFunction():
+                dense = _dense(x, scale)
+                grad = grads[0] if grads[0].stride() == dense.stride() else torch.empty_like(dense).copy_(grads[0])
+                matrix, column, gradient = _matrices(scale, dense, grad)
+                dx, ds = kernel(matrix, column, lower, upper, gradient)
+                dx = _shaped(dx, dense)
         else:
             dx, ds = _backward(x, _broadcast(scale, x), lower, upper, grads[0])
             ds = ds.reshape(rows, -1).sum(dim=-1)
@@ -106,64 +126,50 @@ def _broadcast(scale: Tensor, x: Tensor) -> Tensor:
 # One kernel serves every shape and memory format, because it sees (scales, elements per scale) in memory order.
 
 
-def _call_compiled(function: Callable[..., Any], x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor,
-                   *more: Tensor) -> Any:
-    rows = scale.numel()
-    # torch would trace the function modes that are active, and compile again for each set of them
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-    try:
-        with torch._C.DisableTorchFunction():
-            compiled = _compiled(function, x.device.type)
-            others = [_matrix(each, rows) for each in more]
-            return compiled(_matrix(x, rows), _matrix(scale, rows), lower, upper, *others)
-    finally:
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)
-
-
-def _matrix(x: Tensor, rows: int) -> Tensor:
-    """The elements as ``(rows, elements per row)``, and no view: for each kind of view torch would compile again."""
-    dense = x if x.is_contiguous() or (rows == 1 and _is_dense(x)) else x.contiguous()
-    columns = x.numel() // rows
-    return dense.new_empty(0).set_(dense.untyped_storage(), dense.storage_offset(), (rows, columns), (columns, 1))
-
-
-def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` with the shape and layout of ``x``, as a tensor of its own: autograd forbids changing a view in place."""
-    layout = x if y.shape[0] == 1 and _is_dense(x) else torch.empty(x.shape, device="meta")
-    return y.new_empty(0).set_(y.untyped_storage(), 0, layout.shape, layout.stride())
-
-
-def _in_layout_of(grad: Tensor, x: Tensor) -> Tensor:
-    if grad.stride() == x.stride() or not _is_dense(x):
-        return grad
-    return torch.empty_like(x).copy_(grad)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether ``x`` fills its memory without gaps, in the usual or in the channels-last order."""
+def _dense(x: Tensor, scale: Tensor) -> Tensor:
+    """``x``, or a copy that fills its memory without gaps, the elements of each scale together."""
+    if x.is_contiguous():
+        return x
     layout = _CHANNELS_LAST.get(x.dim())
-    return x.is_contiguous() or (layout is not None and x.is_contiguous(memory_format=layout))
+    one_scale = scale.numel() == 1
+    return x if one_scale and layout is not None and x.is_contiguous(memory_format=layout) else x.contiguous()
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def _matrices(scale: Tensor, dense: Tensor, *more: Tensor) -> Iterator[Tensor]:
+    """Tensors of one dense layout as ``(rows, elements per row)`` in memory order; the scale second, as a column."""
+    rows = scale.numel()
+    columns = dense.numel() // rows
+    yield dense.as_strided((rows, columns), (columns, 1))
+    yield scale.view(rows, 1)
+    for each in more:
+        yield each.as_strided((rows, columns), (columns, 1))
+
+
+def _shaped(y: Tensor, dense: Tensor) -> Tensor:
+    """Give a result its shape back; in place, because autograd forbids the user to change a view in place."""
+    return y.as_strided_(dense.shape, dense.stride())
+
+
 def _is_fused(x: Tensor) -> bool:
-    worth_it = x.numel() >= _COMPILE_FROM and x.dtype is torch.float32
-    return worth_it and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    worth_it = _COMPILE_FROM <= x.numel() < _COMPILE_BELOW and x.dtype is torch.float32
+    return worth_it and type(x) in _PLAIN and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 @functools.lru_cache(maxsize=None)
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Compile a function, or give it back as it is where this machine has no working compiler."""
-    compiled = torch.compile(function, dynamic=True, fullgraph=True)
-    level = torch.ones((), device=device)
     try:
-        for shape in ((1, _COMPILE_FROM), (64, _COMPILE_FROM // 64)):
-            tensors = [torch.zeros(shape, device=device) for _ in range(1 if function is _forward else 2)]
-            compiled(tensors[0], torch.ones(shape[0], 1, device=device), -level, level, *tensors[1:])
+        one, many = (compile_kernel(function, _examples(function, rows, device)) for rows in (1, 64))
     except Exception as error:  # a missing compiler surfaces as any of a dozen types, all of which mean: run eagerly
-        logger.info("fake quantization runs eagerly, torch.compile does not work here: %s", error)
+        logger.info("fake quantization runs eagerly, compiling it does not work here: %s", error)
         return function
-    return compiled
+    return lambda x, *more: (one if x.shape[0] == 1 else many)(x, *more)
+
+
+def _examples(function: Callable[..., Any], rows: int, device: str) -> List[Tensor]:
+    level = torch.ones((), device=device)
+    tensors = [torch.ones(rows, _COMPILE_FROM, device=device) for _ in range(1 if function is _forward_only else 2)]
+    return [tensors[0], torch.ones(rows, 1, device=device), -level, level, *tensors[1:]]

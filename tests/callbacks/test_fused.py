@@ -52,7 +52,7 @@ def test_fused_inside_a_model_without_compiling_again():
         model(x)
         torch._dynamo.utils.counters.clear()
         model(x).sum().backward()
-        assert fake_quant._compiled(fake_quant._forward, "cpu") is not fake_quant._forward
+        assert fake_quant._compiled(fake_quant._forward_only, "cpu") is not fake_quant._forward_only
         assert fake_quant._compiled(fake_quant._backward_summed, "cpu") is not fake_quant._backward_summed
     assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")
 
