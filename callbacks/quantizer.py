@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtrain.callbacks.calibration import Calibration
-from slimtrain.callbacks.layer_scales import SCALES, Bits, LayerScales, scales_of
+from slimtrain.callbacks.layer_scales import SCALES, Bits, LayerScales, ScaleSizes, scales_of
 from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count
 from slimtrain.callbacks.model_view import evaluation, is_compiled, unnoticed
 from slimtrain.callbacks.recording import Plan, Recorder
@@ -91,6 +91,13 @@ class Quantizer:
     def scale_parameters(self) -> List[nn.Parameter]:
         """The scales, as parameters."""
         return [parameter for scales in self.scales.values() for parameter in scales.parameters()]
+
+    def scale_sizes(self) -> Dict[int, float]:
+        """The size of each scale when its training began, by the ``id`` of the parameter."""
+        units = {}
+        for scales in self.scales.values():
+            units[id(scales.weight)], units[id(scales.activation)] = scales.sizes
+        return units
 
     # -- what an algorithm decides
 
@@ -193,6 +200,7 @@ class Quantizer:
         if not count:
             raise ValueError("calibration needs at least one batch, got none")
         self._average_over_ranks()
+        self._measure_sizes()
         self.seen = calibration.counted()
         self.simulate_from_now()
         return count
@@ -312,6 +320,7 @@ class Quantizer:
             "plan": json.dumps(self.plan.to_json(), sort_keys=True) if self.plan else "",
             "weight": {name: scales.weight.detach().clone() for name, scales in self.scales.items()},
             "activation": {name: scales.activation.detach().clone() for name, scales in self.scales.items()},
+            "sizes": {name: list(scales.sizes) for name, scales in self.scales.items()},
             "keep": {name: scales.keep.clone() for name, scales in self.scales.items() if scales.keep is not None},
         }
         return state
@@ -337,12 +346,20 @@ class Quantizer:
                 scales.activation.copy_(state["activation"][name])
                 if scales.keep is not None and name in state["keep"]:
                     scales.keep.copy_(state["keep"][name])
+        for name, sizes in state["sizes"].items():
+            self.scales[name].sizes = ScaleSizes(*sizes)
         if state["plan"]:
             self.plan = Plan.from_json(json.loads(state["plan"]))
             self._choose_ranges()
             self.simulate_from_now()
 
     # -- inside
+
+    def _measure_sizes(self) -> None:
+        """How large each scale is, for optimizers that would move it by their learning rate whatever its size."""
+        owners = set(self.known_plan().owners.values())
+        for name, scales in self.scales.items():
+            scales.measure_sizes([owner.role for owner in sorted(owners, key=str) if owner.layer == name])
 
     @contextlib.contextmanager
     def _calibrating(self) -> Iterator[None]:

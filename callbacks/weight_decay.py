@@ -1,7 +1,11 @@
-"""Weight decay never acts on scales, whatever optimizer and parameter groups the user has.
+"""Weight decay never acts on scales, and no optimizer moves them by more than their size is worth.
+
+An optimizer that divides gradients by their own size (Adam and all its kin) moves every parameter by about its learning
+rate: nothing for a weight of 0.1, and the whole of a scale of 0.001. So under these the learning rate of a scale is in
+units of the scale as it started; under SGD the gradient of LSQ has the right size already.
 
 For the moment of each ``optimizer.step`` the scales stand in a parameter group of their own, a copy of the group they
-came in with ``weight_decay = 0``. Optimizer state belongs to the parameter and not to the group, so nothing else
+came in with other numbers. Optimizer state belongs to the parameter and not to the group, so nothing else
 changes, and neither schedulers nor checkpoints ever see the additional group.
 """
 from __future__ import annotations
@@ -16,6 +20,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 # under this attribute an optimizer remembers its own groups while it steps; several quantizers may have split them
 _SPLIT = "_slimtrain_split"
 
+# these move a parameter in proportion to its gradient; LBFGS also takes no second group
+_PLAIN = (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)
+
 
 class _Split(NamedTuple):
     groups: List[Dict[str, Any]]               #: the user's groups
@@ -26,7 +33,8 @@ class ScaleGroups:
     """Splits the scales off the groups of any optimizer that holds them, while it steps.
 
     Args:
-        owner: an object whose ``scale_parameters()`` are the scales; not kept alive by this one.
+        owner: an object whose ``scale_parameters()`` are the scales, and whose ``scale_sizes()`` are their sizes by
+            the ``id`` of the parameter; not kept alive by this one.
         learning_rate_ratio: learning rate of the scales over that of their group.
     """
 
@@ -53,19 +61,23 @@ class ScaleGroups:
             self._optimizers.discard(optimizer)
         owner = self._owner()
         scales = {id(parameter) for parameter in owner.scale_parameters()} if owner is not None else set()
+        plain = isinstance(optimizer, _PLAIN)
+        units = {} if owner is None or plain else owner.scale_sizes()
         for group in list(optimizer.param_groups):
             mine = [parameter for parameter in group["params"] if id(parameter) in scales]
-            if not mine or (self._ratio == 1.0 and not group.get("weight_decay")):
+            if not mine or (plain and self._ratio == 1.0 and not group.get("weight_decay")):
                 continue
             if not hasattr(optimizer, _SPLIT):
                 groups = list(optimizer.param_groups)
                 setattr(optimizer, _SPLIT, _Split(groups, [each["params"] for each in groups]))
             self._optimizers.add(optimizer)
-            optimizer.param_groups.append({**group, **self._changes(group), "params": mine})
+            for unit in dict.fromkeys(units.get(id(parameter), 1.0) for parameter in mine):
+                alike = [parameter for parameter in mine if units.get(id(parameter), 1.0) == unit]
+                optimizer.param_groups.append({**group, **self._changes(group, unit), "params": alike})
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scales]
 
-    def _changes(self, group: Dict[str, Any]) -> Dict[str, Any]:
-        changes = {"lr": group["lr"] * self._ratio}
+    def _changes(self, group: Dict[str, Any], unit: float) -> Dict[str, Any]:
+        changes = {"lr": group["lr"] * (self._ratio * unit)}
         if "weight_decay" in group:
             changes["weight_decay"] = 0.0
         return changes
