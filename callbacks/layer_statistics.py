@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.factors import array_of
 from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.quantizer import arguments
@@ -38,9 +39,10 @@ def layer_statistics(quantizer: QATQuantizer, example: Any) -> LayerStatistics:
         quantizer.detach()
     weights, inputs = {}, {}
     for layer in quantizer.deployed_layers():
-        largest = float(np.max(layer.weight_scales / np.abs(layer.factor).clip(1e-30)))
-        grid = quantizer.scales[layer.name].weight_grid
-        weights[layer.name] = histogram(layer.weight, largest * grid.lower, largest * grid.upper)
+        own = quantizer.scales[layer.name]
+        largest, grid = own.weight_scale().max().item(), own.weight_grid
+        trained = array_of(quantizer.layers[layer.name].weight)  # type: ignore[arg-type]
+        weights[layer.name] = histogram(trained, largest * grid.lower, largest * grid.upper)
         if layer.name in plain.inputs:
             scale, levels = layer.input_scale, layer.input_grid
             inputs[layer.name] = histogram(plain.inputs[layer.name], scale * levels.lower, scale * levels.upper)

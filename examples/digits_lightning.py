@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimtrain.callbacks import LSQQuantizerCallback
+from slimtrain.callbacks import CompressionReportCallback, LSQQuantizerCallback
 from slimtrain.core import sqnr_db
 from slimtrain.proto import convert, measure_latency, run_model
 
@@ -153,7 +153,7 @@ def show(report, out):
                       "{:.1f}".format(row["sqnr_db"]) if "sqnr_db" in row else "", row.get("of", ""),
                       "{:.0%}".format(row["coverage"]) if "coverage" in row else "")
     Console().print(table)
-    Console().print("written: {0}/report.json, {0}/report.png, {0}/int8.mnn".format(out))
+    Console().print("written: {0}/report.json, {0}/report.png, {0}/compression_report.html, {0}/int8.mnn".format(out))
 
 
 def main():
@@ -166,7 +166,8 @@ def main():
     out = options.out
     os.makedirs(out, exist_ok=True)
     warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "torch.onnx"):  # tips, and that torchvision is missing
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)  # more of them only wait for each other in a network this small
     started = time.time()
     pl.seed_everything(SEED, verbose=False)
@@ -184,7 +185,7 @@ def main():
     model.train()
     model.steps, model.rate = len(data) * options.qat_epochs, 5e-4
     callback = LSQQuantizerCallback(export_to=os.path.join(out, "int8"))
-    train(model, data, options.qat_epochs, callback)
+    train(model, data, options.qat_epochs, callback, CompressionReportCallback())
     quantizer, deployed = callback.quantizer, callback.deployed
     fake_scores, fake_row = run_torch(quantizer.simulate, test_images, test_labels)
     int8_scores, int8_row = run_mnn(deployed.mnn, test_images, test_labels)

@@ -26,6 +26,7 @@ def check(report, folder):
     assert models["MNN int8"]["bytes"] == (folder / "int8.mnn").stat().st_size <= 0.3 * models["MNN float"]["bytes"]
     assert models["MNN int8"]["accuracy"] == models["fake-quant"]["accuracy"]
     assert models["MNN float"]["sqnr_db"] >= 100
+    assert (folder / "compression_report.html").exists()
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -129,5 +129,6 @@ def test_statistics_are_those_of_the_two_models():
     ends = (float(seen["x"].min()), float(seen["x"].max()))
     assert (found.inputs["head"].low, found.inputs["head"].high) == pytest.approx(ends)
     assert sum(found.weights["inner"].counts) == model.inner.weight.numel()
+    assert found.weights["stem"].high == pytest.approx(float(model.stem.weight.max()))
     scale = float(quantizer.deployed_layers()[0].input_scale)
     assert found.inputs["stem"].clip_high == pytest.approx(scale * 7)

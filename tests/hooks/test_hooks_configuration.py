@@ -97,7 +97,8 @@ def test_only_the_first_stage_restores(tmp_path):
 
 @pytest.mark.parametrize("config, message", [
     ("quantise:lsq", "did you mean quantize"),
-    ("over_parameterize:lop,expand_rate=2;quantize:lsq", "has a training run of its own"), ("prune:snip", "give train_steps"),
+    ("over_parameterize:lop,expand_rate=2;quantize:lsq", "has a training run of its own"),
+    ("prune:snip", "give train_steps"),
     ("prune:snip,begin=0,end=2 epochs", "length of an epoch is not known"), ("low_rank", "weight_npy_file is missing")])
 def test_what_cannot_work_is_refused_before_the_session(config, message):
     with tf.Graph().as_default():
