@@ -37,6 +37,7 @@ class Range(NamedTuple):
     lower: Tensor
     upper: Tensor
     gradient_scale: float  #: 1 / sqrt(upper); the 1 / sqrt(N) of LSQ is applied per call
+    smallest: Tensor       #: of a scale the magnitude is used, but at least this: an optimizer may step below zero
 
 
 def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
@@ -44,7 +45,7 @@ def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
 
     Args:
         x: float tensor of any shape and memory format.
-        scale: positive float32; a scalar, or one per slice of the first dimension of ``x``.
+        scale: float32; a scalar, or one per slice of the first dimension of ``x``.
         levels: the integer range.
 
     Returns:
@@ -52,10 +53,10 @@ def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
     """
     if x.dtype in _NARROW:  # a grid of 255 levels does not fit the 8 bits of bfloat16: compute wide, return narrow
         return fake_quantize(x.float(), scale, levels).to(x.dtype)
-    lower, upper = levels.lower, levels.upper
+    lower, upper, gradient_scale, smallest = levels
     if x.dtype is not lower.dtype or x.dtype is not scale.dtype:
-        scale, lower, upper = scale.to(x.dtype), lower.to(x.dtype), upper.to(x.dtype)
-    return _FakeQuantize.apply(x, scale, lower, upper, levels.gradient_scale)
+        scale, lower, upper, smallest = (each.to(x.dtype) for each in (scale, lower, upper, smallest))
+    return _FakeQuantize.apply(x, scale, lower, upper, smallest, gradient_scale)
 
 
 def integer_levels(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
@@ -67,42 +68,50 @@ def _levels(t: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.clamp(torch.sign(t) * torch.floor(torch.abs(t) + 0.5), lower, upper)
 
 
-def _forward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    return _levels(x / scale, lower, upper) * scale
+def _forward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor) -> Tensor:
+    used = torch.maximum(torch.abs(scale), smallest)
+    return _levels(x / used, lower, upper) * used
 
 
-def _forward_only(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tuple[Tensor]:
-    return (_forward(x, scale, lower, upper),)  # a kernel returns a tuple
+def _forward_only(*tensors: Tensor) -> Tuple[Tensor]:
+    return (_forward(*tensors),)  # a kernel returns a tuple
 
 
-def _backward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, grad: Tensor) -> Tuple[Tensor, Tensor]:
-    t = x / scale
+def _backward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor,
+              grad: Tensor) -> Tuple[Tensor, Tensor]:
+    t = x / torch.maximum(torch.abs(scale), smallest)
     level = _levels(t, lower, upper)
     inside = (t >= lower) & (t <= upper)
     return torch.where(inside, grad, 0.0), grad * torch.where(inside, level - t, level)
 
 
-def _backward_summed(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, grad: Tensor) -> Tuple[Tensor, Tensor]:
-    dx, ds = _backward(x, scale, lower, upper, grad)
-    return dx, ds.sum(dim=-1, keepdim=True)
+def _backward_summed(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor,
+                     grad: Tensor) -> Tuple[Tensor, Tensor]:
+    dx, ds = _backward(x, scale, lower, upper, smallest, grad)
+    return dx, _through_magnitude(ds.sum(dim=-1, keepdim=True), scale, smallest)
+
+
+def _through_magnitude(grad: Tensor, scale: Tensor, smallest: Tensor) -> Tensor:
+    return torch.where(torch.abs(scale) >= smallest, grad * torch.sgn(scale), 0.0)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, gradient_scale: float) -> Tensor:
-        ctx.save_for_backward(x, scale, lower, upper)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor,
+                gradient_scale: float) -> Tensor:
+        ctx.save_for_backward(x, scale, lower, upper, smallest)
         ctx.gradient_scale = gradient_scale
         if not _is_fused(x):
-            return _forward(x, _broadcast(scale, x), lower, upper)
+            return _forward(x, _broadcast(scale, x), lower, upper, smallest)
         kernel = _compiled(_forward_only, x.device.type)
         with torch._C.DisableTorchFunction():
             dense = _dense(x, scale)
-            (y,) = kernel(*_matrices(scale, dense), lower, upper)
+            (y,) = kernel(*_matrices(scale, dense), lower, upper, smallest)
             return _shaped(y, dense)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
-        x, scale, lower, upper = ctx.saved_tensors
+        x, scale, lower, upper, smallest = ctx.saved_tensors
         rows = scale.numel()
         if _is_fused(x):
             kernel = _compiled(_backward_summed, x.device.type)
@@ -110,13 +119,13 @@ class _FakeQuantize(torch.autograd.Function):
                 dense = _dense(x, scale)
                 grad = grads[0] if grads[0].stride() == dense.stride() else torch.empty_like(dense).copy_(grads[0])
                 matrix, column, gradient = _matrices(scale, dense, grad)
-                dx, ds = kernel(matrix, column, lower, upper, gradient)
+                dx, ds = kernel(matrix, column, lower, upper, smallest, gradient)
                 dx = _shaped(dx, dense)
         else:
-            dx, ds = _backward(x, _broadcast(scale, x), lower, upper, grads[0])
-            ds = ds.reshape(rows, -1).sum(dim=-1)
+            dx, ds = _backward(x, _broadcast(scale, x), lower, upper, smallest, grads[0])
+            ds = _through_magnitude(ds.reshape(rows, -1).sum(dim=-1).reshape(scale.shape), scale, smallest)
         elements = max(1, x.numel() // max(1, rows))
-        return dx, ds.reshape(scale.shape) * (ctx.gradient_scale / math.sqrt(elements)), None, None, None
+        return dx, ds.reshape(scale.shape) * (ctx.gradient_scale / math.sqrt(elements)), None, None, None, None
 
 
 def _broadcast(scale: Tensor, x: Tensor) -> Tensor:
@@ -170,6 +179,7 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 
 def _examples(function: Callable[..., Any], rows: int, device: str) -> List[Tensor]:
-    level = torch.ones((), device=device)
-    tensors = [torch.ones(rows, _COMPILE_FROM, device=device) for _ in range(1 if function is _forward_only else 2)]
-    return [tensors[0], torch.ones(rows, 1, device=device), -level, level, *tensors[1:]]
+    limits = [torch.full((), limit, device=device) for limit in (-1.0, 1.0, 1e-6)]
+    x, gradient = (torch.ones(rows, _COMPILE_FROM, device=device) for _ in range(2))
+    tensors = [x, torch.ones(rows, 1, device=device), *limits]
+    return tensors if function is _forward_only else [*tensors, gradient]

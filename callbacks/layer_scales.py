@@ -1,7 +1,8 @@
 """The learned scales of one layer, beside its weights but outside the model's ``state_dict``."""
 from __future__ import annotations
 
-from typing import Any, Dict, NamedTuple, Optional, Union
+import math
+from typing import Any, Collection, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -19,6 +20,13 @@ class Bits(NamedTuple):
 
     weight: int
     activation: int
+
+
+class ScaleSizes(NamedTuple):
+    """The size of a layer's scales when training of them began: powers of two, so that many layers share one."""
+
+    weight: float
+    activation: float
 
 
 class LayerScales(nn.Module):
@@ -51,6 +59,8 @@ class LayerScales(nn.Module):
         start = mse_scale(weight.detach().float().cpu().numpy(), self.weight_grid, axis=0)
         self.weight = nn.Parameter(torch.from_numpy(np.array(start, dtype=np.float32)).to(weight.device))
         self.activation = nn.Parameter(torch.ones(2, device=weight.device))
+        self.sizes = ScaleSizes(1.0, 1.0)
+        self._ranges: Optional[Tuple[Tensor, List[Range]]] = None  #: the levels and what they were read as
         self.register_buffer("levels", torch.empty(3, 2, device=weight.device), persistent=False)
         self.register_buffer("keep", weight.detach() != 0 if keep_zeros else None, persistent=False)
         self._write_levels()
@@ -69,33 +79,51 @@ class LayerScales(nn.Module):
         self.weight_grid = grid
         self._write_levels()
 
+    def measure_sizes(self, roles: Collection[Role]) -> None:
+        """Take the scales as they are for their size; of the activations, those of ``roles``, which are in use."""
+        used = [self.activation[_POSITION[role]] for role in roles]
+        self.sizes = ScaleSizes(_power_of_two(self.weight), _power_of_two(torch.stack(used)) if used else 1.0)
+
     def weight_scale(self) -> Tensor:
         """Positive scales, [out_channels], differentiable."""
         return positive(self.weight)
 
     def activation_scale(self, role: Role) -> Tensor:
         """A positive scalar scale, differentiable."""
-        return positive(self.activation[_POSITION[role]])
+        return positive(self.learned_activation(role))
+
+    def learned_activation(self, role: Role) -> Tensor:
+        """The learned scalar of which :meth:`activation_scale` is the magnitude."""
+        return self.activation[_POSITION[role]]
 
     def weight_range(self) -> Range:
         """Integer range of the weights."""
-        return self._range(0, self.weight_grid)
+        return self._range(0)
 
     def activation_range(self, role: Role) -> Range:
         """Integer range of the input or output."""
-        return self._range(1 + _POSITION[role], self._grids[role])
+        return self._range(1 + _POSITION[role])
 
     def set_activation_scale(self, role: Role, scale: Union[float, Tensor]) -> None:
         """Overwrite one activation scale."""
         with torch.no_grad():
             self.activation[_POSITION[role]] = scale
 
-    def _range(self, row: int, grid: Grid) -> Range:
-        levels = self.levels[row]
-        return Range(levels[0], levels[1], float(grid.upper) ** -0.5)
+    def _range(self, row: int) -> Range:
+        levels = self.levels
+        if self._ranges is None or self._ranges[0] is not levels:  # none yet, or the module moved to another device
+            with torch.inference_mode(False):  # kept for training, whoever asks first
+                smallest = levels.new_tensor(SMALLEST_SCALE)
+                self._ranges = levels, [Range(levels[index, 0], levels[index, 1], float(grid.upper) ** -0.5, smallest)
+                                        for index, grid in enumerate(self._all_grids())]
+        return self._ranges[1][row]
+
+    def _all_grids(self) -> List[Grid]:
+        return [self.weight_grid, self._grids[Role.INPUT], self._grids[Role.OUTPUT]]
 
     def _write_levels(self) -> None:
-        grids = [self.weight_grid, self._grids[Role.INPUT], self._grids[Role.OUTPUT]]
+        self._ranges = None
+        grids = self._all_grids()
         self.levels.copy_(torch.tensor([[grid.lower, grid.upper] for grid in grids], dtype=torch.float32))
 
     # nothing of this module belongs to the user's state_dict
@@ -112,6 +140,12 @@ class LayerScales(nn.Module):
 
 
 _POSITION = {Role.INPUT: 0, Role.OUTPUT: 1}
+
+
+def _power_of_two(scales: Tensor) -> float:
+    """The power of two next to the geometric mean of some scales."""
+    size = float(scales.detach().abs().clamp_min(SMALLEST_SCALE).log2().mean())
+    return math.ldexp(1.0, round(size))
 
 
 def positive(scale: Tensor) -> Tensor:

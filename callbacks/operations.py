@@ -5,6 +5,7 @@ Functions are known by name, so that ``torch.relu``, ``Tensor.relu_`` and ``torc
 from __future__ import annotations
 
 import copy
+import functools
 import numbers
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -46,6 +47,7 @@ _METADATA = frozenset({"dim", "size", "stride", "numel", "nelement", "element_si
                        "untyped_storage"})
 
 
+@functools.lru_cache(maxsize=1024)
 def reads_values(function: Callable[..., Any]) -> bool:
     """Whether a torch function computes with values; ``x.shape`` and ``x.dim()`` do not."""
     name = function_name(function)

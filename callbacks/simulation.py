@@ -106,7 +106,7 @@ class Simulation(Handler):
             return self._latest_exact
         weight = argument(call.args, call.kwargs, 1, "weight")
         quantized = weight if scales.keep is None else weight * scales.keep
-        quantized = fake_quantize(quantized, scales.weight_scale(), scales.weight_range())
+        quantized = fake_quantize(quantized, scales.weight, scales.weight_range())
         bias = argument(call.args, call.kwargs, 2, "bias")
         if bias is not None and is_depthwise(layer) and call.layer not in self._folded:
             bias = on_grid(bias, self._scale(owner).to(bias.dtype) * scales.weight_scale().to(bias.dtype))
@@ -191,7 +191,7 @@ class Simulation(Handler):
         """Put one activation on its grid."""
         if self._exact and not torch.is_grad_enabled():
             return input_levels(value, self._scale(owner), scales.grid(owner.role))
-        return fake_quantize(value, self._scale(owner), scales.activation_range(owner.role))
+        return fake_quantize(value, scales.learned_activation(owner.role), scales.activation_range(owner.role))
 
     def _scale(self, owner: Quantizer) -> Tensor:
         return scales_of(self._modules[owner.layer]).activation_scale(owner.role)

@@ -103,6 +103,7 @@ class Tracker(TorchFunctionMode):
         self._frames: List[_Frame] = []
         self._serial = 0
         self._marks = Marks()
+        self._replaced = False  #: whether any tensor was changed in place and has a replacement
         self._entrances = Entrances()
         self._by_weight: Dict[int, List[str]] = {}  #: id of a weight -> its layers; tied ones differ in their bias
         self._caller: Optional[FrameType] = None  #: the Python frame that called the outermost module
@@ -133,6 +134,7 @@ class Tracker(TorchFunctionMode):
     def _begin(self, module: Optional[nn.Module], path: str) -> None:
         self._entrances.begin(path)
         self._serial = 0
+        self._replaced = False
         self._marks.clear()
         self._by_weight = {}
         for name, layer in self.layers.items():
@@ -232,7 +234,9 @@ class Tracker(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._frames or not reads_values(func):
             return func(*args, **kwargs)
-        call = self._call(func, map_tensors(self._latest, args), map_tensors(self._latest, kwargs))
+        if self._replaced:
+            args, kwargs = map_tensors(self._latest, args), map_tensors(self._latest, kwargs)
+        call = self._call(func, args, kwargs)
         value = self.handler.execute(call, self)
         if value is None and function_name(func) == "__setitem__":
             self._produced(call, call.args[0])
@@ -249,6 +253,7 @@ class Tracker(TorchFunctionMode):
         result = self.handler.produced(call, value, self)
         if result is not value and any(value is tensor for tensor in call.inputs):
             mark.replacement = result
+            self._replaced = True
         return result
 
     def _call(self, func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Call:
@@ -258,9 +263,10 @@ class Tracker(TorchFunctionMode):
         if layer:
             mark = self.mark_of(tensors[0])
             return Call(self._unique(layer), OpKind.LAYER, func, args, kwargs, (tensors[0],), (mark,), layer)
-        inputs = tuple(tensor for tensor in tensors if self.mark_of(tensor) is not None)
+        marked = [(tensor, mark) for tensor, mark in ((each, self._marks.get(each)) for each in tensors)
+                  if mark is not None]
+        inputs, marks = tuple(tensor for tensor, _ in marked), tuple(mark for _, mark in marked)
         kind = operation_kind(name, args, kwargs, constants=len(inputs) < len(tensors))
-        marks = tuple(self.mark_of(tensor) for tensor in inputs)
         return Call(self._unique(self._describe(name, marks)), kind, func, args, kwargs, inputs, marks)
 
     def _layer_of(self, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

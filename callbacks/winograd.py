@@ -196,7 +196,7 @@ def _matrices(form: WinogradForm, dtype: torch.dtype, device: torch.device) -> _
 def _transformed_range(device: torch.device) -> Range:
     with torch.inference_mode(False):
         largest = torch.tensor(float(LARGEST_TRANSFORMED), device=device)
-        return Range(-largest, largest, LARGEST_TRANSFORMED ** -0.5)
+        return Range(-largest, largest, LARGEST_TRANSFORMED ** -0.5, torch.zeros_like(largest))
 
 
 def _levels(values: Tensor, ratios: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from slimtrain.callbacks import LSQQuantizer, fake_quant
 from slimtrain.callbacks.fake_quant import Range, fake_quantize
 
-LEVELS = Range(torch.tensor(-7.0), torch.tensor(7.0), 7.0 ** -0.5)
+LEVELS = Range(torch.tensor(-7.0), torch.tensor(7.0), 7.0 ** -0.5, torch.tensor(1e-6))
 COMPILER = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs g++ and Python's headers")
 
@@ -39,6 +39,32 @@ def test_compiled_numbers_are_the_eager_ones(rows, layout, monkeypatch):
     assert torch.equal(fused[0], eager[0])
     assert torch.equal(fused[1], eager[1])
     torch.testing.assert_close(fused[2], eager[2], rtol=1e-4, atol=1e-4)  # sums in another order
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(16384, 1), (2, 4097), (3, 5, 7, 99), (1, 8192), (1, 3, 101, 67)])
+def test_one_kernel_serves_every_size(shape, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    x, gradient = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    scale = torch.linspace(0.1, 0.4, shape[0])
+    scale[0], scale[-1] = 1e-9, -0.3  # an optimizer step went far: the smallest scale, and a magnitude
+    fused = quantized(x, scale, gradient)
+    monkeypatch.setattr(fake_quant, "_COMPILE_FROM", x.numel() + 1)
+    eager = quantized(x, scale, gradient)
+    assert torch.equal(fused[0], eager[0])
+    assert torch.equal(fused[1], eager[1])
+    torch.testing.assert_close(fused[2], eager[2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_is_used_by_its_magnitude_but_at_least_the_smallest():
+    x, gradient = torch.randn(5, 64), torch.randn(5, 64)
+    scale = torch.tensor([0.2, -0.2, 1e-9, -1e-9, 0.0])
+    y, dx, ds = quantized(x, scale, gradient)
+    used = torch.tensor([0.2, 0.2, 1e-6, 1e-6, 1e-6])
+    expected_y, expected_dx, expected_ds = quantized(x, used, gradient)
+    assert torch.equal(y, expected_y)
+    assert torch.equal(dx, expected_dx)
+    assert torch.equal(ds, expected_ds * torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]))
 
 
 @needs_compiler
