@@ -1,16 +1,15 @@
 """A compression that a model is trained with and deployed by, inside a Lightning Trainer."""
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from typing import Any, Callable, Dict, Mapping, Optional, Protocol
 
 from torch import nn
 
-from slimtrain.callbacks.callback import CompressionCallback, example_from_batch
+from slimtrain.callbacks.callback import example_from_batch
 from slimtrain.callbacks.exporting import Deployed, Exported
-from slimtrain.callbacks.operations import map_tensors
+from slimtrain.callbacks.exporting_callback import ExportingCallback
 from slimtrain.core import Coverage, LayerState
 from slimtrain.proto.conversion_report import LayerNote
 
@@ -55,7 +54,7 @@ class Deployable(Protocol):
         """Restore what :meth:`state_dict` gave."""
 
 
-class DeployingCallback(CompressionCallback):
+class DeployingCallback(ExportingCallback):
     """Base of the callbacks that simulate the deployed model in training and write it at the end.
 
     Args:
@@ -66,12 +65,10 @@ class DeployingCallback(CompressionCallback):
     """
 
     def __init__(self, module: str = "", export_to: Optional[str] = None, export_checkpoints: bool = False) -> None:
-        super().__init__(module)
-        self.export_to = export_to
+        super().__init__(module, export_to)
         self.export_checkpoints = export_checkpoints
-        self.deployed: Optional[Deployed] = None   #: what the end of ``fit`` wrote, where MNN is installed
+        self.deployed: Optional[Deployed] = None
         self._quantizer: Any = None
-        self._example: Any = None
 
     def make_quantizer(self, model: nn.Module) -> Deployable:
         """The object that this callback drives."""
@@ -110,14 +107,6 @@ class DeployingCallback(CompressionCallback):
 
     def layer_notes(self) -> Dict[str, LayerNote]:
         return {row.name: LayerNote(0.0, row.reason) for row in self.quantizer.coverage().layers}
-
-    # -- an example of the model's input
-
-    def remember(self, example: Any) -> Any:
-        """Keep the first example that comes, for the export; returns it."""
-        if self._example is None:
-            self._example = map_tensors(lambda value: value.detach().cpu(), example)
-        return example
 
     # -- steps: operations that a step runs outside any module belong to the LightningModule
 
@@ -170,6 +159,12 @@ class DeployingCallback(CompressionCallback):
 
     # -- files
 
+    export_rank = 2
+
+    def example_model(self) -> nn.Module:
+        model: nn.Module = self.quantizer.model
+        return model
+
     def export(self, stem: str, example_input: Any = None, **options: Any) -> Exported:
         """Write ``stem.onnx`` and ``stem.compress_params.bin``; see the quantizer's method.
 
@@ -177,38 +172,16 @@ class DeployingCallback(CompressionCallback):
             stem: path without suffix.
             example_input: the model's ``example_input_array`` or first training batch when None.
         """
-        return self.quantizer.export(stem, self._example_or(example_input), **options)
+        return self.quantizer.export(stem, self.example(example_input), **options)
 
     def deploy(self, stem: str, example_input: Any = None, **options: Any) -> Deployed:
         """Export, convert with MNN and compare with the simulation; see the quantizer's method."""
-        return self.quantizer.deploy(stem, self._example_or(example_input), **options)
-
-    def example(self) -> Any:
-        """An input of the model, on its device.
-
-        Raises:
-            RuntimeError: none is known before training.
-        """
-        return self._example_or(None)
-
-    def _example_or(self, given: Any) -> Any:
-        array = getattr(self.quantizer.model, "example_input_array", None)
-        found = next((value for value in (given, array, self._example) if value is not None), None)
-        if found is None:
-            raise RuntimeError("no example input is known before training: pass example_input, or set "
-                               "example_input_array on the model")
-        device = next(self.quantizer.model.parameters()).device
-        return map_tensors(lambda value: value.to(device), found)
+        return self.quantizer.deploy(stem, self.example(example_input), **options)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.export_to == "" or not trainer.is_global_zero:
+        if not self.exports(trainer) or not self.write(trainer, pl_module):
             return
-        stem = self.export_to or os.path.join(trainer.log_dir or trainer.default_root_dir, type(pl_module).__name__)
-        if importlib.util.find_spec("MNN") is None:
-            files = self.export(stem)
-            logger.info("wrote %s and %s (MNN is not installed: not converted)", files.onnx, files.params)
-            return
-        self.deployed = self.deploy(stem)
+        assert self.deployed is not None
         logger.info("wrote %s: %d bytes, %.0f %% of the weights quantized, %.0f dB against the simulation",
                     self.deployed.mnn, self.deployed.bytes, 100 * _share(self.quantizer.coverage()),
                     self.deployed.sqnr_db)

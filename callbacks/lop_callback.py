@@ -8,7 +8,7 @@ from torch import nn
 from slimtrain.callbacks.callback import compressions, find_target
 from slimtrain.callbacks.expansion import merged_view
 from slimtrain.callbacks.lop import LOP
-from slimtrain.callbacks.plain_export import PlainCallback
+from slimtrain.callbacks.plain_callback import PlainCallback
 
 
 class LOPCallback(PlainCallback):

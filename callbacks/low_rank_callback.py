@@ -11,7 +11,7 @@ from torch import nn
 from slimtrain.callbacks.callback import compressions
 from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, log_report
 from slimtrain.callbacks.low_rank_structure import apply_structure, structure_in, structure_of
-from slimtrain.callbacks.plain_export import PlainCallback
+from slimtrain.callbacks.plain_callback import PlainCallback
 from slimtrain.core import RankRule, SlimtrainError
 
 logger = logging.getLogger(__name__)

@@ -1,18 +1,16 @@
 """Pruning inside a Lightning Trainer."""
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
-import os
 from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from torch import nn
 
-from slimtrain.callbacks.callback import CompressionCallback, example_from_batch
+from slimtrain.callbacks.callback import compressions, example_from_batch
 from slimtrain.callbacks.exporting import Exported
-from slimtrain.callbacks.operations import map_tensors
+from slimtrain.callbacks.exporting_callback import ExportingCallback
 from slimtrain.callbacks.pruner import Pruner
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
 from slimtrain.core import Moment, PruningSchedule, check_moment, is_before, schedule_between, step_of
@@ -22,7 +20,7 @@ from slimtrain.proto.conversion_report import LayerNote
 logger = logging.getLogger(__name__)
 
 
-class PrunerCallback(CompressionCallback):
+class PrunerCallback(ExportingCallback):
     """Base of the pruner callbacks: reads gradients before an optimizer step, prunes and keeps zeros after it.
 
     Steps are optimizer steps. Gradients are read when they are accumulated, averaged over ranks and unscaled, so every
@@ -43,7 +41,7 @@ class PrunerCallback(CompressionCallback):
 
     def __init__(self, arguments: Dict[str, Any], begin: Moment, end: Moment, prune_finetune_iterations: Optional[int],
                  result_file: str, module: str, export_to: Optional[str], weight_bits: int) -> None:
-        super().__init__(module)
+        super().__init__(module, export_to)
         for moment in (begin, end):
             check_moment(moment)
         if is_before(end, begin):
@@ -51,14 +49,12 @@ class PrunerCallback(CompressionCallback):
         self._arguments = dict(arguments, prune_finetune_iterations=prune_finetune_iterations or 0)
         self._begin, self._end, self._finetune = begin, end, prune_finetune_iterations
         self.result_file = result_file
-        self.export_to = export_to
         self.weight_bits = weight_bits
-        self.deployed: Optional[PrunedFile] = None  #: what the end of ``fit`` wrote, where MNN is installed
+        self.deployed: Optional[PrunedFile] = None
         self._pruner: Optional[Pruner] = None
         self._scheduled = False
         self._looked = False
         self._sparsity = 0.0
-        self._example: Any = None
         self._handles: List[Any] = []
 
     def make_pruner(self, model: nn.Module) -> Pruner:
@@ -102,8 +98,7 @@ class PrunerCallback(CompressionCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._example is None:
-            example = example_from_batch(self.pruner.model, batch)
-            self._example = map_tensors(lambda value: value.detach().cpu(), example)
+            self.remember(example_from_batch(self.pruner.model, batch))
             self.pruner.see_example(self._example)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -123,20 +118,28 @@ class PrunerCallback(CompressionCallback):
         for row in self.pruner.report():
             logger.info("%s: %d weights, %.4f pruned %s", row.name, row.parameters, row.ratio, row.reason)
         logger.info("pruned %.4f of the weights (asked for %.4f)", self.pruner.sparsity, self.pruner.schedule.sparsity)
-        if self.export_to != "" and trainer.is_global_zero and not _others_that_export(trainer):
-            self._write(self._stem(trainer, pl_module))
+        if self.exports(trainer) and self.write(trainer, pl_module):
+            assert self.deployed is not None
+            logger.info("wrote %s: %d bytes", self.deployed.mnn, self.deployed.bytes)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         # a quantizer's files are written at the end of training; what was pruned is added to them
         if self.export_to != "" and trainer.is_global_zero:
-            for other in _others_that_export(trainer):
-                stem = other.export_to or self._default_stem(trainer, pl_module)
-                self.pruner.save_compress_params(stem + ".compress_params.bin", append=True)
+            for other in compressions(trainer):
+                above = isinstance(other, ExportingCallback) and other.export_rank > self.export_rank
+                if above and other.exports(trainer):
+                    params = other.stem(trainer, pl_module) + ".compress_params.bin"
+                    self.pruner.save_compress_params(params, append=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._unhook()
 
     # -- files
+
+    export_rank = 1
+
+    def example_model(self) -> nn.Module:
+        return self.pruner.model
 
     def export(self, stem: str, example_input: Any = None, **options: Any) -> Exported:
         """Write ``stem.onnx`` and ``stem.compress_params.bin``; see :func:`slimtrain.callbacks.export_pruned`.
@@ -145,11 +148,11 @@ class PrunerCallback(CompressionCallback):
             stem: path without suffix.
             example_input: the model's ``example_input_array`` or first training batch when None.
         """
-        return export_pruned(self.pruner, stem, self._example_or(example_input), **options)
+        return export_pruned(self.pruner, stem, self.example(example_input), **options)
 
     def deploy(self, stem: str, example_input: Any = None, **options: Any) -> PrunedFile:
         """Export and convert with MNN; see :func:`slimtrain.callbacks.deploy_pruned`."""
-        return deploy_pruned(self.pruner, stem, self._example_or(example_input),
+        return deploy_pruned(self.pruner, stem, self.example(example_input),
                              **{"weight_bits": self.weight_bits, **options})
 
     def convert_options(self) -> ConvertOptions:
@@ -186,30 +189,6 @@ class PrunerCallback(CompressionCallback):
                 self._sparsity = self.pruner.sparsity
         self.pruner.apply()
 
-    def _write(self, stem: str) -> None:
-        if importlib.util.find_spec("MNN") is None:
-            files = self.export(stem)
-            logger.info("wrote %s and %s (MNN is not installed: not converted)", files.onnx, files.params)
-            return
-        self.deployed = self.deploy(stem)
-        logger.info("wrote %s: %d bytes", self.deployed.mnn, self.deployed.bytes)
-
-    def _stem(self, trainer: Any, pl_module: Any) -> str:
-        return self.export_to or self._default_stem(trainer, pl_module)
-
-    @staticmethod
-    def _default_stem(trainer: Any, pl_module: Any) -> str:
-        return os.path.join(trainer.log_dir or trainer.default_root_dir, type(pl_module).__name__)
-
-    def _example_or(self, given: Any) -> Any:
-        array = getattr(self.pruner.model, "example_input_array", None)
-        found = next((value for value in (given, array, self._example) if value is not None), None)
-        if found is None:
-            raise RuntimeError("no example input is known before training: pass example_input, or set "
-                               "example_input_array on the model")
-        device = next(self.pruner.model.parameters()).device
-        return map_tensors(lambda value: value.to(device), found)
-
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -220,11 +199,6 @@ def _epoch_steps(trainer: Any) -> Optional[float]:
     """Optimizer steps of an epoch; None where a data set does not tell its length."""
     batches = trainer.num_training_batches
     return None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-
-
-def _others_that_export(trainer: Any) -> List[Any]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)
-            and not isinstance(callback, PrunerCallback) and getattr(callback, "export_to", "") != ""]
 
 
 def _is_first_rank() -> bool:

@@ -206,7 +206,7 @@ class Reasons(nn.Module):
 def test_every_layer_left_as_it_is_says_why():
     lines = {line.name: line for line in LowRankDecomposition(Reasons(), skip_layers=["skip*", ""]).report}
     wanted = {"grouped": "grouped (4 groups)", "deconvolution": "ConvTranspose2d", "tied": "also that of twin",
-              "twin": "also that of tied", "normed.parametrizations.weight": "parametrization",
+              "twin": "also that of tied", "normed": "parametrization",
               "skipped": "named in skip_layers",
               "hooked": "hooks", "narrow": "align_channels = 8", "encoder.linear1": "reads its weight itself"}
     for name, words in wanted.items():
