@@ -16,7 +16,8 @@ def made(*names, **options):
 
 @pytest.mark.parametrize("names, writer", [
     (["low"], 0), (["lop"], 0), (["prune"], 0), (["quantize"], 0), (["low", "prune"], 1), (["prune", "low"], 0),
-    (["low", "prune", "quantize"], 2), (["quantize", "prune", "low"], 0), (["prune", "weight"], 1), (["low", "weight"], 1)])
+    (["low", "prune", "quantize"], 2), (["quantize", "prune", "low"], 0),
+    (["prune", "weight"], 1), (["low", "weight"], 1)])
 def test_one_callback_writes(names, writer, tmp_path):
     callbacks = made(*names)
     run = trainer(tmp_path, CompressionReportCallback(), *callbacks)
