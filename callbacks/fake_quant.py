@@ -99,6 +99,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor,
                 gradient_scale: float) -> Tensor:
+        scale = scale.clone()  # an averaged scale is overwritten by the next forward, which may come before backward
         ctx.save_for_backward(x, scale, lower, upper, smallest)
         ctx.gradient_scale = gradient_scale
         if not _is_fused(x):
