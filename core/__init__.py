@@ -15,7 +15,6 @@ from slimtrain.core.chain import (
     merge_chain,
 )
 from slimtrain.core.channel_choice import ChannelChoice, choose_channels
-from slimtrain.core.channel_plan import ChannelPlan, LayerPlan, channel_plan, plan_keeps
 from slimtrain.core.channels import ChannelClasses, ChannelGraph, ChannelGroup, LayerChannels
 from slimtrain.core.compression_report import (
     ChosenSpectrum,
@@ -54,13 +53,14 @@ from slimtrain.core.grid import (
     weight_grid,
 )
 from slimtrain.core.history import History
+from slimtrain.core.json_schema import pipeline_schema
+from slimtrain.core.kept_channels import ChannelPlan, LayerPlan, channel_plan, plan_keeps
 from slimtrain.core.layer_reports import ExpandedLine, FactorizedLayer, describe_factorized
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
 from slimtrain.core.observers import Observation, observe, observe_sample, sample_stride
 from slimtrain.core.pipeline import Pipeline, PipelineError
 from slimtrain.core.pipeline_flag import add_compress_flag, define_compress_flag
-from slimtrain.core.pipeline_schema import pipeline_schema
 from slimtrain.core.pipeline_text import load_pipeline, to_short, to_yaml
 from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, PlannedCall, Quantizer, Role, place
 from slimtrain.core.prune_ratios import OVERALL, read_prune_ratios, write_prune_ratios
