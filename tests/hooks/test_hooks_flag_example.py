@@ -17,4 +17,4 @@ def test_a_script_with_argparse(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert json.loads(done.stdout.decode("utf-8").strip().splitlines()[-1]) == report
     assert report["coverage"] == 1.0 and report["sqnr_db"] >= 100
-    assert abs(report["accuracy"]["mnn"] - report["accuracy"]["float"]) < 0.5
+    assert report["accuracy"]["mnn"] >= report["accuracy"]["float"] - 0.1  # it was trained on, and for longer
