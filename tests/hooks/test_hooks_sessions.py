@@ -127,8 +127,8 @@ def test_a_fresh_run_starts_from_a_float_checkpoint_and_a_resumed_one_does_not(t
         saver, init = tf.train.Saver(), tf.global_variables_initializer()
         with session(graph) as run:
             run.run(init)
-            kernel = graph.get_tensor_by_name("c/kernel:0")
-            run.run(tf.assign(tf.global_variables()[0], np.full(kernel.shape.as_list(), 0.25, np.float32)))
+            kernel = tf.global_variables()[0]  # with resource variables the tensor of this name is a handle
+            run.run(tf.assign(kernel, np.full(kernel.shape.as_list(), 0.25, np.float32)))
             saved = saver.save(run, str(tmp_path / "float"))
 
     def train(steps):
