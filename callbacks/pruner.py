@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from slimtrain.callbacks.pruning_layers import LayerSparsity
-from slimtrain.core import OVERALL, PruningSchedule, Ramp, mean_share, read_prune_ratios, write_prune_ratios
+from slimtrain.core import (
+    OVERALL,
+    PruningSchedule,
+    Ramp,
+    mean_share,
+    read_prune_ratios,
+    sparsity_of,
+    write_prune_ratios,
+)
 from slimtrain.proto import PruneType, prune_algorithm, save_algorithm
 
 logger = logging.getLogger(__name__)
@@ -169,9 +177,8 @@ class Pruner:
         if self.finished:
             return self.current_prune_ratios()
         keeps = self._decide(self._numpy_scores(), 1.0)
-        ratios = {name: 1.0 - float(np.mean(keeps[name])) for name in self.weights()}
-        total = sum(keep.size for keep in keeps.values())
-        ratios[OVERALL] = sum(ratios[name] * keep.size for name, keep in keeps.items()) / total
+        ratios = {name: sparsity_of({name: keeps[name]}) for name in self.weights()}
+        ratios[OVERALL] = sparsity_of(keeps)
         return ratios
 
     @property
