@@ -119,6 +119,15 @@ dist: env-dist ## Build the sdist and the wheel into dist/
 	.venv/dist/bin/pyproject-build --no-isolation --outdir $(DIST) .
 	rm -rf slimtrain.egg-info
 
+# Pinned by nothing but the wheel's own requirements, as a user gets it: minutes of installing, so no part of `test`.
+.PHONY: demo-wheel
+demo-wheel: env-dist ## Run the demos from the wheel alone, in a new environment of each Python
+	rm -rf build/wheel
+	$(MAKE) dist DIST=build/wheel
+	.ci/demo-wheel build/wheel/*.whl 3.7 tf,mnn digits_monitored_session.py
+	.ci/demo-wheel build/wheel/*.whl 3.11 torch,mnn,report digits_lightning.py \
+		"cli_digits.py --compress prune:simd_oc,sparsity=0.5;quantize:lsq"
+
 .PHONY: clean clean-env
 clean: ## Delete what was built and cached, but not the environments
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks lightning_logs

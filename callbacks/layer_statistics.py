@@ -12,15 +12,7 @@ from slimtrain.callbacks.factors import array_of
 from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.quantizer import arguments
-from slimtrain.core import Histogram, histogram, sqnr_db
-
-
-class LayerStatistics(NamedTuple):
-    """Numbers by layer name."""
-
-    weights: Dict[str, Histogram]
-    inputs: Dict[str, Histogram]     #: of each layer's input in the float model
-    sqnr_db: Dict[str, float]        #: each layer's output in the simulation against the float model
+from slimtrain.core import LayerStatistics, SeenLayer, quantization_statistics
 
 
 def layer_statistics(quantizer: QATQuantizer, example: Any) -> LayerStatistics:
@@ -37,18 +29,14 @@ def layer_statistics(quantizer: QATQuantizer, example: Any) -> LayerStatistics:
     simulated = _run(quantizer, example)
     if not present:
         quantizer.detach()
-    weights, inputs = {}, {}
+    seen = {}
     for layer in quantizer.deployed_layers():
         own = quantizer.scales[layer.name]
-        largest, grid = own.weight_scale().max().item(), own.weight_grid
         trained = array_of(quantizer.layers[layer.name].weight)  # type: ignore[arg-type]
-        weights[layer.name] = histogram(trained, largest * grid.lower, largest * grid.upper)
-        if layer.name in plain.inputs:
-            scale, levels = layer.input_scale, layer.input_grid
-            inputs[layer.name] = histogram(plain.inputs[layer.name], scale * levels.lower, scale * levels.upper)
-    errors = {name: sqnr_db(output, simulated.outputs[name]) for name, output in plain.outputs.items()
-              if name in simulated.outputs and output.shape == simulated.outputs[name].shape}
-    return LayerStatistics(weights, inputs, errors)
+        seen[layer.name] = SeenLayer(
+            trained, own.weight_scale().max().item(), own.weight_grid, plain.inputs.get(layer.name), layer.input_scale,
+            layer.input_grid, plain.outputs.get(layer.name), simulated.outputs.get(layer.name))
+    return quantization_statistics(seen)
 
 
 class _Seen(NamedTuple):

@@ -12,7 +12,7 @@ from slimtrain.callbacks.callback import compressions
 from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, log_report
 from slimtrain.callbacks.low_rank_structure import apply_structure, structure_in, structure_of
 from slimtrain.callbacks.plain_callback import PlainCallback
-from slimtrain.core import RankRule, SlimtrainError
+from slimtrain.core import ChosenSpectrum, RankRule, SlimtrainError, chosen_spectra, spectra_from_json, spectra_to_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class LowRankDecompositionCallback(PlainCallback):
         self.start_from = start_from
         self.report: Tuple[FactorizedLayer, ...] = ()  #: of the decomposition, where there was one
         self._started = False
+        self._spectra: Dict[str, ChosenSpectrum] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.start_from and not self._started:
@@ -74,17 +75,24 @@ class LowRankDecompositionCallback(PlainCallback):
         decomposition = LowRankDecomposition(model, **self._arguments)
         decomposition.apply()
         self.report = decomposition.report
+        self._spectra = chosen_spectra(decomposition.spectra, decomposition.plans)
         log_report(self.report)
 
     def compression_state(self) -> Dict[str, Any]:
         structure = structure_of(self.deployed_model())
-        return {"algorithm": "LowRankDecomposition", "structure": json.dumps(structure, sort_keys=True)}
+        return {"algorithm": "LowRankDecomposition", "structure": json.dumps(structure, sort_keys=True),
+                "spectra": json.dumps(spectra_to_json(self._spectra))}
+
+    def spectra(self) -> Dict[str, ChosenSpectrum]:
+        """Those of the dense weights, before they were decomposed."""
+        return dict(self._spectra)
 
     def load_compression_state(self, state: Mapping[str, Any]) -> None:
         here, saved = structure_of(self.deployed_model()), json.loads(state["structure"])
         if here != saved:
             raise SlimtrainError("the checkpoint's model was decomposed otherwise than the weights it holds: %s" % (
                 ", ".join(sorted(name for name in {**here, **saved} if here.get(name) != saved.get(name)))))
+        self._spectra = spectra_from_json(json.loads(state["spectra"]))
 
     def _take_structure(self, pl_module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
         """Give the model the chains of the weights that are about to be loaded."""
@@ -96,6 +104,7 @@ class LowRankDecompositionCallback(PlainCallback):
                                  "decompose these weights, pass their file as start_from" % type(self).__name__)
         if structure != structure_of(model):
             apply_structure(model, structure)
+            self._spectra = {}  # they were those of other weights; the state of the checkpoint has its own
             for other in compressions(pl_module.trainer) if getattr(pl_module, "_trainer", None) is not None else ():
                 if other is not self:
                     other.reattach(pl_module)

@@ -16,6 +16,7 @@ from slimtrain.core.chain import (
 )
 from slimtrain.core.channel_choice import ChannelChoice, choose_channels
 from slimtrain.core.channels import ChannelClasses, ChannelGraph, ChannelGroup, LayerChannels
+from slimtrain.core.chosen_spectra import chosen_spectra, spectra_from_json, spectra_to_json
 from slimtrain.core.compression_report import (
     ChosenSpectrum,
     CompressionReport,
@@ -50,6 +51,7 @@ from slimtrain.core.grid import (
     fake_quantize,
     quantize,
     round_half_away,
+    stored_zero_point,
     weight_grid,
 )
 from slimtrain.core.history import History
@@ -64,6 +66,7 @@ from slimtrain.core.pipeline_flag import add_compress_flag, define_compress_flag
 from slimtrain.core.pipeline_text import load_pipeline, to_short, to_yaml
 from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, PlannedCall, Quantizer, Role, place
 from slimtrain.core.prune_ratios import OVERALL, read_prune_ratios, write_prune_ratios
+from slimtrain.core.quantization_statistics import LayerStatistics, SeenLayer, quantization_statistics
 from slimtrain.core.rank_budget import BudgetRanks, Cost
 from slimtrain.core.ranking import global_keep, layer_keep, sparsity_of
 from slimtrain.core.ranks import (
@@ -161,6 +164,7 @@ __all__ = [
     "LayerPlan",
     "LayerRow",
     "LayerState",
+    "LayerStatistics",
     "Moment",
     "OVERALL",
     "Observation",
@@ -180,6 +184,7 @@ __all__ = [
     "Role",
     "SMALLEST_SCALE",
     "SMALLEST_STORED_SCALE",
+    "SeenLayer",
     "Sensitivity",
     "SingularValueRanks",
     "SlimtrainError",
@@ -210,6 +215,7 @@ __all__ = [
     "channel_plan",
     "check_moment",
     "choose_channels",
+    "chosen_spectra",
     "compose_chain",
     "define_compress_flag",
     "dequantize",
@@ -248,6 +254,7 @@ __all__ = [
     "place",
     "plan_keeps",
     "plan_layers",
+    "quantization_statistics",
     "quantize",
     "read_prune_ratios",
     "receptive_fields",
@@ -262,10 +269,13 @@ __all__ = [
     "simulate_conv",
     "simulate_linear",
     "sparsity_of",
+    "spectra_from_json",
+    "spectra_to_json",
     "sqnr_db",
     "step_of",
     "stored_bytes",
     "stored_weight",
+    "stored_zero_point",
     "to_short",
     "to_yaml",
     "toolbox_rule",

@@ -163,14 +163,19 @@ def without_dropout(graph: tf.Graph, network: Network) -> Replacements:
     return {name: graph.get_tensor_by_name(source.name) for name, source in network.dropouts.items()}
 
 
+def delivered_inputs(graph: tf.Graph, within: Set[str]) -> Dict[str, str]:
+    """What an input pipeline delivers to a network, and the name that its placeholder has in exported graphs."""
+    wanted = [tensor.name for op in graph.get_operations() if op.type in _SOURCES and op.name in within
+              for tensor in op.outputs if any(reader.name in within for reader in tensor.consumers())]
+    return {name: "input" if len(wanted) == 1 else "input_{}".format(index) for index, name in enumerate(wanted)}
+
+
 def _placeholders(graph: tf.Graph, within: Set[str]) -> Replacements:
     """Placeholders in the place of what an input pipeline delivers."""
-    wanted = [tensor for op in graph.get_operations() if op.type in _SOURCES and op.name in within
-              for tensor in op.outputs if any(reader.name in within for reader in tensor.consumers())]
     added = {}
     with graph.as_default():
-        for index, tensor in enumerate(wanted):
-            name = "input" if len(wanted) == 1 else "input_{}".format(index)
+        for delivered, name in delivered_inputs(graph, within).items():
+            tensor = graph.get_tensor_by_name(delivered)
             added[tensor.name] = tf.placeholder(tensor.dtype, tensor.shape, name=name)
             logger.info("%s becomes the placeholder %s of the exported graph", tensor.name, added[tensor.name].op.name)
     return added

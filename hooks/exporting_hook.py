@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import tensorflow.compat.v1 as tf
 
+from slimtrain.core import ChosenSpectrum
 from slimtrain.proto import ConvertOptions
 from slimtrain.proto.conversion_report import LayerNote, convert_command
 
@@ -64,6 +65,10 @@ class ExportingHook(tf.train.SessionRunHook):
 
     def layer_notes(self, session: tf.Session) -> Dict[str, LayerNote]:
         """What was done to each layer, by its name."""
+        return {}
+
+    def spectra(self) -> Dict[str, ChosenSpectrum]:
+        """Singular values of each layer, and how many were kept."""
         return {}
 
     def convert_options(self) -> ConvertOptions:

@@ -4,11 +4,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-from typing import Any, Collection, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, Optional, Sequence, Tuple
 
 import tensorflow.compat.v1 as tf
 
-from slimtrain.core import FactorizedLayer, RankRule, write_whole
+from slimtrain.core import (
+    ChosenSpectrum,
+    FactorizedLayer,
+    RankRule,
+    chosen_spectra,
+    spectra_from_json,
+    spectra_to_json,
+    write_whole,
+)
 from slimtrain.hooks.float_network import FloatHook
 from slimtrain.hooks.low_rank import LowRankDecomposition, PathLike, log_report
 from slimtrain.hooks.low_rank_structure import apply_structure, structure_in, structure_of
@@ -51,6 +59,7 @@ class LowRankDecompositionHook(FloatHook):
         LowRankDecomposition.check(align_channels, tucker_minimal_ratio, reserved_singular_value_ratio, refinements)
         #: of the decomposition; empty in a resumed run, where the file ``low_rank.json`` has it
         self.report: Tuple[FactorizedLayer, ...] = ()
+        self._spectra: Dict[str, ChosenSpectrum] = {}
         saved = tf.train.latest_checkpoint(checkpoint_dir) if checkpoint_dir else None
         if saved is not None:
             _resume(graph, saved)
@@ -63,14 +72,24 @@ class LowRankDecompositionHook(FloatHook):
                 reserved_singular_value_ratio, rank_rule=rank_rule, separable=separable, refinements=refinements)
             decomposition.apply()
             self.report = decomposition.report
+            self._spectra = chosen_spectra(decomposition.spectra, decomposition.plans)
             log_report(self.report)
         super().__init__(graph, export_dir, output_names, is_chief)
         self._folder = export_dir or checkpoint_dir
 
+    def spectra(self) -> Dict[str, ChosenSpectrum]:
+        """Those of the dense weights, before they were decomposed; a resumed run finds them in ``low_rank.json``."""
+        path = os.path.join(self._folder or "", STRUCTURE_FILE)
+        if self._spectra or not os.path.exists(path):
+            return dict(self._spectra)
+        with open(path, encoding="utf-8") as file:
+            return spectra_from_json(json.load(file).get("spectra", {}))
+
     def after_create_session(self, session: tf.Session, coord: Any) -> None:
         """Write the structure and the report beside the files."""
         if self._is_chief and self._folder and self.report:
-            content = {"structure": structure_of(self.graph), "report": [line._asdict() for line in self.report]}
+            content = {"structure": structure_of(self.graph), "report": [line._asdict() for line in self.report],
+                       "spectra": spectra_to_json(self._spectra)}
             os.makedirs(self._folder, exist_ok=True)
             write_whole(os.path.join(self._folder, STRUCTURE_FILE),
                         json.dumps(content, indent=1, sort_keys=True).encode("utf-8"))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -23,9 +23,9 @@ from slimtrain.core import (
 from slimtrain.core import Quantizer as Owner
 from slimtrain.hooks.checks import check_editable
 from slimtrain.hooks.compositions import check_merged
-from slimtrain.hooks.deployment import LayerSource, read_layers
+from slimtrain.hooks.deployment import DeployedLayer, LayerSource, read_layers
 from slimtrain.hooks.depthwise import bias_on_grid
-from slimtrain.hooks.export import export_model, write_params_file
+from slimtrain.hooks.export import delivered_inputs, export_model, write_params_file
 from slimtrain.hooks.fake_quant import Levels, fake_quantize, levels_of
 from slimtrain.hooks.graph import ancestors
 from slimtrain.hooks.helpers import LAYER_TYPES, get_op_name_of_type
@@ -39,6 +39,8 @@ from slimtrain.hooks.strip import STATE_PLACEHOLDER, is_quantized, remember_depl
 from slimtrain.proto import QuantMethod
 
 logger = logging.getLogger(__name__)
+
+_PLACEHOLDERS = ("Placeholder", "PlaceholderWithDefault")
 
 
 class Bits(NamedTuple):
@@ -103,6 +105,8 @@ class GraphQuantizer:
         if is_quantized(self.graph):
             raise RuntimeError("the graph is quantized already: one quantizer per graph")
         self.output_names = tuple(output_names or ())
+        #: tensors that feed the quantized layers -> the placeholders that an inference graph has for them
+        self.inputs: Dict[str, str] = {}
         self._fixed_state = is_training
         self._unsigned = unsigned_activations
         self._retain_sparsity = retain_sparsity
@@ -118,6 +122,7 @@ class GraphQuantizer:
             self._placement = place(ops, self._network.outputs or leaves(ops))
             self._safe = int8_safe(self._placement, ops)
             self._inner = ancestors(layer.input.op for layer in self.layers.values())
+            self.inputs.update(self._find_inputs())
             self.clean = self.graph.as_graph_def()
             self._is_training = self._state_tensor()
             self._grids = self._choose_grids()
@@ -208,12 +213,37 @@ class GraphQuantizer:
         """
         self._check_session(sess)
         rewriting = self._rewriting(sess)
+        return simulate_network(sess, self.clean, rewriting, self._input_grids(sess), outputs, feed_dict)
+
+    def run_float(self, sess: tf.Session, outputs: Sequence[str],
+                  feed_dict: Mapping[Any, np.ndarray]) -> List[np.ndarray]:
+        """Run the network at inference with its weights as they are trained, without quantization.
+
+        Args:
+            sess, outputs, feed_dict: see :meth:`simulate`.
+
+        Raises:
+            RuntimeError: another graph's session.
+        """
+        self._check_session(sess)
+        return simulate_network(sess, self.clean, Rewriting(self._network, self._safe, ()), (), outputs, feed_dict)
+
+    def deployed_layers(self, sess: tf.Session) -> Tuple[DeployedLayer, ...]:
+        """Every use of a quantized layer with the integers and scales that go to the device.
+
+        Raises:
+            RuntimeError: another graph's session, or not one training step was made.
+        """
+        self._check_session(sess)
+        return self._rewriting(sess).deployed
+
+    def _input_grids(self, sess: tf.Session) -> List[InputGrid]:
+        """The grids of the tensors that are quantized without being the result of a quantized layer."""
         produced = {call.fused for call in self._placement.calls}
         owners = {tensor: owner for tensor, owner in self._placement.quantizers.items() if tensor not in produced}
         scales = sess.run({tensor: self._scales[owner].stored for tensor, owner in owners.items()})
         levels = self.current_grids(sess).activations
-        grids = [InputGrid(tensor, float(scales[tensor]), levels[owner]) for tensor, owner in owners.items()]
-        return simulate_network(sess, self.clean, rewriting, grids, outputs, feed_dict)
+        return [InputGrid(tensor, float(scales[tensor]), levels[owner]) for tensor, owner in owners.items()]
 
     # -- what was done
 
@@ -270,6 +300,14 @@ class GraphQuantizer:
         raise NotImplementedError
 
     # -- inside
+
+    def _find_inputs(self) -> Dict[str, str]:
+        """The tensors that feed the quantized layers, and what an inference graph calls each; a switch is no input."""
+        found = {op.outputs[0].name: op.name for op in self.graph.get_operations()
+                 if op.name in self._inner and op.type in _PLACEHOLDERS and op.outputs[0].shape.rank != 0}
+        delivered = delivered_inputs(self.graph, self._network.within)
+        return {**found, **{name: given for name, given in delivered.items()
+                            if name.partition(":")[0] in self._inner}}
 
     def _state_tensor(self) -> tf.Tensor:
         if self._fixed_state is None:

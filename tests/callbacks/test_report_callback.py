@@ -4,15 +4,22 @@ from __future__ import annotations
 import logging
 import re
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from browser import visit
 from nets import Lit, Resumable, Small, images, loader, trainer
-from slimtrain.callbacks import CompressionReportCallback, LSQQuantizer, from_config
+from slimtrain.callbacks import (
+    CompressionReportCallback,
+    LowRankDecompositionCallback,
+    LSQQuantizer,
+    LSQQuantizerCallback,
+    from_config,
+)
 from slimtrain.callbacks.layer_statistics import layer_statistics
-from slimtrain.core import CompressionReport, Curve, LayerRow, load_report, sqnr_db
+from slimtrain.core import CompressionReport, Curve, EnergyRanks, LayerRow, load_report, sqnr_db
 from slimtrain.proto import report_page
 
 PIPELINE = "prune:simd_oc,sparsity=0.5,total_pruning_iterations=2,sensitivity_steps=1;quantize:lsq,bits=4;export:%s"
@@ -101,6 +108,30 @@ def test_resumed_run_has_the_curves_of_the_whole(run, tmp_path):
     rest = trainer(tmp_path, again, *quiet(tmp_path / "c"), max_epochs=2)
     rest.fit(Lit(), Resumable(), ckpt_path=tmp_path / "half.ckpt")
     assert again.report.curves["sparsity"].steps == whole.report.curves["sparsity"].steps
+
+
+def test_spectra_are_those_of_the_dense_weights_also_after_a_resume(tmp_path):
+    def run(name, steps, **fit):
+        low_rank = LowRankDecompositionCallback(align_channels=2, tucker_minimal_ratio=0.0, rank_rule=EnergyRanks(0.6))
+        report, keep = CompressionReportCallback(), ModelCheckpoint(tmp_path, name)
+        torch.manual_seed(0)
+        model = Lit(16)
+        dense = model.net.inner.weight.detach().double().numpy()
+        quantizer = LSQQuantizerCallback(export_to=str(tmp_path / name / "model"))
+        trainer(tmp_path, report, low_rank, quantizer, keep, max_steps=steps, enable_checkpointing=True).fit(
+            model, Resumable(), **fit)
+        return low_rank, report.report, dense
+
+    low_rank, report, dense = run("first", 2)
+    ranks = next(line.ranks for line in low_rank.report if line.name == "net.inner")
+    for side, axis, rank in (("outputs", 0, ranks[0]), ("inputs", 1, ranks[1])):
+        found = report.spectra["net.inner (%s)" % side]
+        unfolded = np.moveaxis(dense, axis, 0).reshape(16, -1)
+        np.testing.assert_allclose(found.values, np.linalg.svd(unfolded, compute_uv=False), rtol=1e-5)
+        assert found.rank == rank < 16
+    found = visit(tmp_path / "first" / "compression_report.html", tmp_path)
+    assert (found.console, found.requests) == ([], []) and "net.inner (inputs)" in found.dom
+    assert run("second", 4, ckpt_path=tmp_path / "first.ckpt")[1].spectra == report.spectra
 
 
 def test_without_a_converted_model_there_is_no_report(tmp_path, caplog):

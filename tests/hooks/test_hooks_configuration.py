@@ -81,6 +81,9 @@ def check_report(saved, reported, stem):
     assert max(row.sparsity for row in saved.layers) > 0.4 and "pruned" in saved.layers[0].note
     assert saved.curves["sparsity"].values[-1] == pytest.approx(0.5, abs=0.05)
     assert any(name.endswith("input_scale") for name in saved.curves)
+    assert saved.sqnr_db >= 100 and set(saved.layer_sqnr_db) == {row.name for row in saved.layers}
+    assert all(10 < decibels < 60 for decibels in saved.layer_sqnr_db.values())
+    assert set(saved.weights) == set(saved.activations) == set(saved.layer_sqnr_db)
 
 
 def test_weights_alone(tmp_path):
