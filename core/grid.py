@@ -56,6 +56,14 @@ def activation_grid(bits: int, signed: bool = True) -> Grid:
     return Grid(width, 0, 2**width - 1)
 
 
+def stored_zero_point(grid: Grid) -> int:
+    """The int8 that stores level 0 of an activation: 0 where all levels fit int8, else the lowest level is -128.
+
+    Levels here are counted from the real number 0, so that 0..255 is a grid with zero point -128.
+    """
+    return 0 if grid.lower >= -128 and grid.upper <= 127 else -128 - grid.lower
+
+
 def capped_grid(grid: Grid, scale: float, cap: float = 6.0) -> Grid:
     """``grid`` without the levels above the one of ``cap``: how the 6 of a ReLU6 reaches MNN.
 

@@ -10,6 +10,10 @@ MNN 3.6 and reproduces its x86 runtime level for level, ties included:
 - depthwise:  level = round(float(sum of q_x * q_w + trunc(bias / (s_in * s_w))) * (s_w * (s_in / s_out))).
   The bias is an integer of the accumulator, and scales below 1e-6 count as 1e-6.
 
+Levels count from the real number 0 and are stored as int8 with a zero point ``z`` added, which is 0 for symmetric
+grids. Otherwise the 128 becomes ``128 + z`` of the input, and the zero point of the output takes part in the sum: a
+dense layer adds it to the shift, a depthwise one ``trunc(z / (s_w * (s_in / s_out)))`` to its bias.
+
 Neither looks at the 6 of a ReLU6: an activation only lifts the lower clamp to zero. The 6 has to be
 the upper end of the output grid, see ``capped_grid``.
 """
@@ -22,7 +26,7 @@ from typing import Optional, Tuple
 
 import numpy as np
 
-from slimtrain.core.grid import Grid, checked_scale, round_half_away
+from slimtrain.core.grid import Grid, checked_scale, round_half_away, stored_zero_point
 
 Pair = Tuple[int, int]
 
@@ -54,6 +58,8 @@ class IntegerConv:
         dilation: (height, width).
         groups: I for depthwise.
         activation: fused into the convolution.
+        input_zero_point: the int8 that stores level 0 of the input, see ``stored_zero_point``; that of the output
+            follows from its grid.
 
     Raises:
         TypeError: the weight does not hold integers.
@@ -72,6 +78,7 @@ class IntegerConv:
     dilation: Pair = (1, 1)
     groups: int = 1
     activation: Activation = Activation.NONE
+    input_zero_point: int = 0
 
     def __post_init__(self) -> None:
         _check_levels(self.weight, "weight")
@@ -125,10 +132,11 @@ def simulate_conv(q_x: np.ndarray, conv: IntegerConv) -> np.ndarray:
         ValueError: its shape does not fit the weight, a level does not fit int8, or a sum does not fit int32.
     """
     requantize = _requantize_depthwise if conv.depthwise else _requantize_dense
-    grid = conv.output_grid
+    zero, lower = stored_zero_point(conv.output_grid), conv.output_grid.lower
     if conv.activation is not Activation.NONE:
-        grid = grid._replace(lower=max(grid.lower, 0))
-    return _to_levels(requantize(accumulate(q_x, conv), conv), grid)
+        lower = max(lower, 0)
+    stored = Grid(conv.output_grid.bits, lower + zero, conv.output_grid.upper + zero)
+    return np.asarray(_to_levels(requantize(accumulate(q_x, conv), conv, zero), stored) - np.int32(zero))
 
 
 def simulate_linear(q_x: np.ndarray, conv: IntegerConv) -> np.ndarray:
@@ -152,7 +160,7 @@ def accumulate(q_x: np.ndarray, conv: IntegerConv) -> np.ndarray:
         TypeError, ValueError: as ``simulate_conv``.
     """
     levels = np.asarray(q_x)
-    _check_levels(levels, "q_x")
+    _check_levels(levels, "q_x", conv.input_zero_point)
     outputs, inner, height, width = conv.weight.shape
     if levels.ndim != 4 or levels.shape[1] != inner * conv.groups:
         raise ValueError(f"q_x must be [N, {inner * conv.groups}, H, W], got {levels.shape}")
@@ -178,22 +186,23 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> Pair
     return total // 2, total - total // 2
 
 
-def _requantize_dense(sums: np.ndarray, conv: IntegerConv) -> np.ndarray:
+def _requantize_dense(sums: np.ndarray, conv: IntegerConv, zero: int) -> np.ndarray:
     scales, bias, s_in, s_out = _float32(conv)
-    kernel_sums = conv.weight.sum(axis=(1, 2, 3))
-    stored = _int32(sums + _STORAGE_OFFSET * _column(kernel_sums)).astype(np.float32)
-    shift = (bias - kernel_sums.astype(np.float32) * scales * np.float32(_STORAGE_OFFSET) * s_in) / s_out
+    kernel_sums, offset = conv.weight.sum(axis=(1, 2, 3)), _STORAGE_OFFSET + conv.input_zero_point
+    stored = _int32(sums + offset * _column(kernel_sums)).astype(np.float32)
+    shift = (bias - kernel_sums.astype(np.float32) * scales * np.float32(offset) * s_in) / s_out + np.float32(zero)
     return stored * _column(scales) * (s_in / s_out) + _column(shift)
 
 
-def _requantize_depthwise(sums: np.ndarray, conv: IntegerConv) -> np.ndarray:
+def _requantize_depthwise(sums: np.ndarray, conv: IntegerConv, zero: int) -> np.ndarray:
     scales, bias, s_in, s_out = _float32(conv)
     scales = np.maximum(scales, _SMALLEST_DEPTHWISE_SCALE)
-    offset = _STORAGE_OFFSET * conv.weight.sum(axis=(1, 2, 3))
+    offset = (_STORAGE_OFFSET + conv.input_zero_point) * conv.weight.sum(axis=(1, 2, 3))
     # MNN stores the two together, passing through float32, which loses digits of a very large bias.
-    stored = np.trunc(bias / (s_in * scales)) - offset.astype(np.float32)
+    factor = scales * (s_in / s_out)
+    stored = np.trunc(bias / (s_in * scales)) - offset.astype(np.float32) + np.trunc(np.float32(zero) / factor)
     whole = _int32(sums + _column(offset + stored.astype(np.int64)))
-    return whole.astype(np.float32) * _column(scales * (s_in / s_out))
+    return whole.astype(np.float32) * _column(factor)
 
 
 def _float32(conv: IntegerConv) -> Tuple[np.ndarray, np.ndarray, np.float32, np.float32]:
@@ -217,11 +226,13 @@ def _int32(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _check_levels(levels: np.ndarray, name: str) -> None:
+def _check_levels(levels: np.ndarray, name: str, zero_point: int = 0) -> None:
     if not np.issubdtype(levels.dtype, np.integer):
         raise TypeError(f"{name} must hold integer levels, got {levels.dtype}")
-    if levels.size and not (levels.min() >= -128 and levels.max() <= 127):
-        raise ValueError(f"levels of {name} must fit int8, got {levels.min()} to {levels.max()}")
+    lowest, highest = -128 - zero_point, 127 - zero_point
+    if levels.size and not (levels.min() >= lowest and levels.max() <= highest):
+        fit = f"int8 with zero point {zero_point}" if zero_point else "int8"
+        raise ValueError(f"levels of {name} must fit {fit}, got {levels.min()} to {levels.max()}")
 
 
 def _taps(start: int, count: int, stride: int) -> slice:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Dict, Sequence, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
+from slimtrain.core import Grid, stored_zero_point
 from slimtrain.proto.checks import WIRE_BITS
 from slimtrain.proto.layers import AnyLayer, LayerParams, WeightOnlyParams
 from slimtrain.proto.schema import CompressionAlgo, Message, PruneParams, QuantizeParams
@@ -96,14 +97,7 @@ def _refuse_shared_names(layers: Sequence[AnyLayer]) -> None:
 
 def _add_full(params: Message, layer: LayerParams, output_name: str) -> None:
     entry = params.layer.add(method=layer.method.value, op_name=layer.op_name or None)
-    entry.input.add(
-        name=layer.name,
-        bits=WIRE_BITS,
-        scales=[layer.input_scale],
-        zero_point=0,
-        clamp_min=layer.input_grid.lower,
-        clamp_max=layer.input_grid.upper,
-    )
+    _add_activation(entry.input, layer.name, layer.input_scale, layer.input_grid)
     entry.weight.add(
         name=layer.name,
         bits=WIRE_BITS,
@@ -112,17 +106,22 @@ def _add_full(params: Message, layer: LayerParams, output_name: str) -> None:
         clamp_max=layer.weight_grid.upper,
         asymmetric=False,
     )
-    entry.output.add(
-        name=output_name,
-        bits=WIRE_BITS,
-        scales=[layer.output_scale],
-        zero_point=0,
-        clamp_min=layer.output_grid.lower,
-        clamp_max=layer.output_grid.upper,
-    )
+    _add_activation(entry.output, output_name, layer.output_scale, layer.output_grid)
     if layer.winograd is not None:
         entry.wino_params.version = 0
         entry.wino_params.units_attr.extend(units_attr(layer.winograd, layer.input_scale, layer.weight_scales))
+
+
+def _add_activation(side: Any, name: str, scale: float, grid: Grid) -> None:
+    zero = stored_zero_point(grid)
+    side.add(
+        name=name,
+        bits=WIRE_BITS,
+        scales=[scale],
+        zero_point=zero,
+        clamp_min=grid.lower + zero,
+        clamp_max=grid.upper + zero,
+    )
 
 
 def _add_weight_only(params: Message, layer: WeightOnlyParams) -> None:

@@ -6,6 +6,8 @@ from typing import Iterable
 
 import numpy as np
 
+from slimtrain.core import Grid, stored_zero_point
+
 # Fewer bits go into the clamps: another number here selects kernels that compute garbage.
 WIRE_BITS = 8
 # The converter divides by multiplying with 1 / scale in float32; a smaller scale has no finite reciprocal
@@ -33,6 +35,16 @@ def check_clamps(layer: str, side: str, lower: int, upper: int) -> None:
         raise ValueError(
             f"layer {layer!r}: {side} range must lie in [-128, 127] and not be empty, got [{lower}, {upper}]"
         )
+
+
+def check_levels(layer: str, side: str, grid: Grid) -> None:
+    """Raise ``ValueError`` unless activations of these levels fit int8, with the zero point that they need."""
+    zero = stored_zero_point(grid)
+    if zero and not -128 <= zero <= 127:
+        raise ValueError(
+            f"layer {layer!r}: {side} levels must hold zero, as padding needs it, got [{grid.lower}, {grid.upper}]"
+        )
+    check_clamps(layer, side, grid.lower + zero, grid.upper + zero)
 
 
 def check_weight_only(layer: str, bits: int, block_size: int) -> None:

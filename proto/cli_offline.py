@@ -99,8 +99,9 @@ def quantize_command(model: str, data: Optional[str], config: Optional[str], out
 @click.argument("model", type=_PATH)
 @click.option("-o", "--output", required=True, type=_PATH, help="The folder to write to.")
 @click.option("--data", type=_PATH, help="Inputs to compare with (.npz by name, .npy); random ones without it.")
+@click.option("--symmetric", is_flag=True, help="Give no activation a zero point; unsigned ones lose a bit.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def import_qdq_command(model: str, output: str, data: Optional[str], as_json: bool) -> None:
+def import_qdq_command(model: str, output: str, data: Optional[str], symmetric: bool, as_json: bool) -> None:
     """Take over MODEL, an ONNX model quantized by another tool (QuantizeLinear and DequantizeLinear).
 
     Writes a float ONNX model on its grid, its compress_params.bin and, where MNN is installed, the int8 .mnn, and says
@@ -111,7 +112,7 @@ def import_qdq_command(model: str, output: str, data: Optional[str], as_json: bo
     from slimtrain.proto.onnx_qdq import import_qdq, random_example
 
     loaded = load_onnx(model)
-    imported = import_qdq(loaded)
+    imported = import_qdq(loaded, keep_zero_points=not symmetric)
     example = random_example(loaded, imported)
     if data:
         inputs = [ModelInput(value.name, input_shape(value), input_dtype(value)) for value in graph_inputs(loaded)]

@@ -87,6 +87,8 @@ def convert(
         if comparison.missing and not allow_partial:
             raise CoverageError(f"{source}: {_shortfall(comparison)}")
         size = _publish(folder, os.path.abspath(os.fspath(out_path)))
+    for operation in model.wrong:
+        _logger.warning("%s: MNN computes it wrongly: %s", source, operation)
     for layer in comparison.missing:
         _logger.warning("%s stays %s: %s", layer.name, layer.state.value, layer.reason)
     return Conversion(os.fspath(out_path), comparison.full, size, comparison.weight_only, comparison.unasked)

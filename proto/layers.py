@@ -1,7 +1,7 @@
 """What a training framework hands over per layer, checked at construction.
 
-Only what deploys exactly can be expressed: symmetric, one scale per activation tensor, one per output channel
-of the weights, and ranges narrower than 8 bits as narrower grids.
+Only what deploys exactly can be expressed: one scale per activation tensor, one per output channel of the weights,
+and ranges narrower than 8 bits as narrower grids. Levels count from the real number 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Optional, Tuple, Union
 import numpy as np
 
 from slimtrain.core import Grid, WinogradScales
-from slimtrain.proto.checks import check_clamps, check_scales, check_weight_only
+from slimtrain.proto.checks import check_clamps, check_levels, check_scales, check_weight_only
 from slimtrain.proto.schema import LayerQuantizeParams
 from slimtrain.proto.winograd import check_winograd
 
@@ -40,7 +40,9 @@ class LayerParams:
         input_scale: float32 step of the tensor before the layer.
         output_scale: float32 step of the tensor after the layer and the activation fused into it.
         weight_scales: float32 steps of the weights, shape [output channels].
-        input_grid, output_grid, weight_grid: integer levels, inside int8.
+        input_grid, output_grid: at most 256 levels; those that do not fit int8 (0..255) have a zero point in the
+            file, which MNN computes exactly in convolutions, but not in every other operation.
+        weight_grid: integer levels, inside int8.
         method: see ``QuantMethod``.
         op_name: name of the operator in the converted model, if known; helps to explain a layer that is not
             found.
@@ -74,7 +76,10 @@ class LayerParams:
             grid = getattr(self, side + "_grid")
             if not isinstance(grid, Grid):
                 raise TypeError(f"layer {self.name!r}: {side}_grid must be a Grid, got {grid!r}")
-            check_clamps(self.name, side, grid.lower, grid.upper)
+            if side == "weight":
+                check_clamps(self.name, side, grid.lower, grid.upper)
+            else:
+                check_levels(self.name, side, grid)
         if not isinstance(self.method, QuantMethod):
             raise TypeError(f"layer {self.name!r}: method must be a QuantMethod, got {self.method!r}")
         if self.winograd is not None:

@@ -5,7 +5,7 @@ from typing import Dict, Mapping, NamedTuple, Optional
 
 import numpy as np
 
-from slimtrain.core import SMALLEST_SCALE, Grid, PlannedCall, Quantizer, capped_grid
+from slimtrain.core import SMALLEST_SCALE, Grid, PlannedCall, Quantizer, capped_grid, stored_zero_point
 from slimtrain.proto.deployed import DeployedLayer
 from slimtrain.proto.onnx_layers import FloatLayer
 from slimtrain.proto.onnx_rewrite import Rewritten
@@ -53,7 +53,8 @@ def decided_layer(layer: FloatLayer, call: PlannedCall, weight: LayerWeight,
     source, target = tensors[call.input], tensors[call.output]
     bias = np.zeros(len(layer.weight)) if weight.bias is None else np.asarray(weight.bias, np.float64)
     if layer.depthwise:
-        bias = _in_units(bias, np.float64(source.scale) * weight.scales.astype(np.float64))
+        unit = np.float64(source.scale) * weight.scales.astype(np.float64)
+        bias = _in_units(bias + _lost_of_zero_point(source, target, weight.scales) * unit, unit)
     output_grid = capped_grid(target.grid, target.scale) if call.activation == "relu6" else target.grid
     return DeployedLayer(
         name=layer.name, trained_weight=layer.weight.astype(np.float64), levels=weight.levels,
@@ -68,3 +69,10 @@ def _in_units(bias: np.ndarray, unit: np.ndarray) -> np.ndarray:
     """A depthwise bias in whole accumulator units, a few float32 steps away from zero so that truncation finds them."""
     count = np.floor(np.abs(bias) / unit + 0.5)
     return np.asarray(np.sign(bias) * count * unit * (1 + 2.0 ** -21))
+
+
+def _lost_of_zero_point(source: TensorScale, target: TensorScale, scales: np.ndarray) -> np.ndarray:
+    """What MNN cuts off where it adds the output's zero point to the integer bias, in accumulator units."""
+    ratio = np.float32(source.scale) / np.float32(target.scale)
+    units = np.float32(stored_zero_point(target.grid)) / (scales.astype(np.float32) * ratio)
+    return np.asarray((units - np.trunc(units)).astype(np.float64))

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from slimtrain.core import Grid, Placement, Quantizer
+from slimtrain.core import Grid, Placement, Quantizer, stored_zero_point
 from slimtrain.proto.onnx_graph import OnnxGraph, attribute
 from slimtrain.proto.onnx_placement import is_fusable
 
@@ -37,21 +37,25 @@ class Step:
 # -- islands
 
 
-def make_islands(graph: OnnxGraph, placement: Placement, changes: List[str]) -> None:
+def make_islands(graph: OnnxGraph, placement: Placement, steps: Mapping[Quantizer, Step], changes: List[str]) -> None:
     """Keep every operation in float that MNN would compute differently on integers."""
+    # max pools compare stored levels as unsigned numbers, which orders those of one sign and without a zero point
+    ordered = {owner for owner in placement.non_negative
+               if owner not in steps or not stored_zero_point(steps[owner].grid)}
     for node in list(graph.nodes):
         inputs = [name for name in node.input if name in placement.on_grid]
         if node.op_type == "GlobalAveragePool":
             graph.replace([node], [_mean(graph, node)])
             changes.append("wrote the global average pool %s as a mean" % node.output[0])
-        elif _shares_its_range(graph, node, placement) or (inputs and _differs_on_integers(node, inputs, placement)):
+        elif _shares_its_range(graph, node, placement) or (inputs and _differs_on_integers(
+                node, placement.on_grid[inputs[0]] in ordered)):
             _make_island(graph, node)
             changes.append("keeps %s %s in float" % (node.op_type, node.output[0]))
 
 
-def _differs_on_integers(node: onnx.NodeProto, inputs: List[str], placement: Placement) -> bool:
+def _differs_on_integers(node: onnx.NodeProto, is_ordered: bool) -> bool:
     if node.op_type in ("MaxPool", "GlobalMaxPool"):
-        return placement.on_grid[inputs[0]] not in placement.non_negative
+        return not is_ordered
     if node.op_type == "Resize":
         return attribute(node, "mode", b"nearest") != b"nearest"
     return node.op_type in ("AveragePool", "Max", "Min")

@@ -56,11 +56,12 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid:
         write = _write_conv if match.node.op_type == "Conv" else _write_linear
         written[write(graph, match, on_grid, changes)] = match.layer
     placement = place_onnx(graph, {name: layer.name for name, layer in written.items()})
+    steps = steps_of(written.values()) if on_grid else {}
     if on_grid:
         _compare(placement, written)
-    make_islands(graph, placement, changes)
+    make_islands(graph, placement, steps, changes)
     if on_grid:
-        put_on_grid(graph, placement, steps_of(written.values()), changes)
+        put_on_grid(graph, placement, steps, changes)
     rewritten = graph.model()
     onnx.checker.check_model(rewritten)
     params = all_params(graph, written)

@@ -6,7 +6,7 @@ from typing import Dict, List
 import numpy as np
 import onnx
 
-from slimtrain.core import Activation, IntegerConv, Quantizer, input_levels, simulate_conv
+from slimtrain.core import Activation, IntegerConv, Quantizer, input_levels, simulate_conv, stored_zero_point
 from slimtrain.proto.deployed import DeployedLayer
 from slimtrain.proto.onnx_check import open_session
 from slimtrain.proto.onnx_exactness import Step
@@ -67,7 +67,7 @@ def _convolution(node: onnx.NodeProto, layer: DeployedLayer, x: np.ndarray) -> n
     levels = layer.levels.reshape(shape[:2] + geometry.kernel)
     conv = IntegerConv(levels, layer.weight_scales, layer.bias, layer.input_scale, layer.output_scale,
                        layer.output_grid, geometry.strides, geometry.padding, geometry.dilation, layer.groups,
-                       _ACTIVATIONS[layer.activation])
+                       _ACTIVATIONS[layer.activation], stored_zero_point(layer.input_grid))
     found = simulate_conv(input_levels(as_image(x), layer.input_scale, layer.input_grid), conv)
     result = found.astype(np.float32) * np.float32(layer.output_scale)
     return result if x.ndim == 4 else result[:, :, 0]

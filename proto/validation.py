@@ -103,10 +103,10 @@ def _check_side(name: str, side: str, entry: Message) -> None:
 
 
 def _check_activation(name: str, side: str, entry: Message) -> None:
-    if entry.zero_point:
+    if not entry.clamp_min <= entry.zero_point <= entry.clamp_max:
         raise ValueError(
-            f"layer {name!r}: {side} zero_point must be 0, got {entry.zero_point}: MNN computes pooling and "
-            f"additions of asymmetric tensors wrongly"
+            f"layer {name!r}: {side} zero_point must lie in the range [{entry.clamp_min}, {entry.clamp_max}], got "
+            f"{entry.zero_point}: padding needs a level for 0"
         )
     if len(entry.scales) != 1:
         raise ValueError(f"layer {name!r}: {side} needs one scale for its tensor, got {len(entry.scales)}")

@@ -1,6 +1,7 @@
 """The integer simulator against loops of Python integers and one float32 operation at a time."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from slimtrain.core import (
     same_padding,
     simulate_conv,
     simulate_linear,
+    stored_zero_point,
     weight_grid,
 )
 
@@ -49,10 +51,11 @@ def naive_dense_level(total, channel, conv):
     scale, kernel_sum = f32(conv.weight_scales[channel]), int(conv.weight[channel].sum())
     bias = f32(0 if conv.bias is None else conv.bias[channel])
     step = f32(f32(conv.input_scale) / f32(conv.output_scale))
-    real = f32(f32(f32(total + 128 * kernel_sum) * scale) * step)
-    weighted = f32(f32(f32(kernel_sum) * scale) * f32(128))
+    offset, zero = 128 + conv.input_zero_point, stored_zero_point(conv.output_grid)
+    real = f32(f32(f32(total + offset * kernel_sum) * scale) * step)
+    weighted = f32(f32(f32(kernel_sum) * scale) * f32(offset))
     shift = f32(f32(bias - f32(weighted * f32(conv.input_scale))) / f32(conv.output_scale))
-    return naive_level(f32(real + shift), conv)
+    return naive_level(f32(real + f32(shift + f32(zero))), conv)
 
 
 def naive_depthwise_level(total, channel, conv):
@@ -60,11 +63,13 @@ def naive_depthwise_level(total, channel, conv):
     scale = f32(conv.weight_scales[channel])
     whole = int(f32(conv.bias[channel]) / f32(f32(conv.input_scale) * scale))
     step = f32(scale * f32(f32(conv.input_scale) / f32(conv.output_scale)))
+    whole += int(f32(f32(stored_zero_point(conv.output_grid)) / step))
     return naive_level(f32(f32(total + whole) * step), conv)
 
 
-def naive_level(real, conv):
-    nearest = int(math.copysign(math.floor(f32(abs(real) + f32(0.5))), real))
+def naive_level(stored, conv):
+    """The level of what is stored, less the zero point; ties go away from the stored zero."""
+    nearest = int(math.copysign(math.floor(f32(abs(stored) + f32(0.5))), stored)) - stored_zero_point(conv.output_grid)
     lower = conv.output_grid.lower if conv.activation is Activation.NONE else 0
     return min(max(nearest, lower), conv.output_grid.upper)
 
@@ -110,6 +115,20 @@ def test_levels_against_loops(options, shape, bits):
     levels = simulate_conv(q_x, conv)
     np.testing.assert_array_equal(levels, naive_levels(q_x, conv))
     assert levels.dtype == np.int32
+
+
+@pytest.mark.parametrize("lowest", [(0, -100), (-30, 0), (-200, -20)])
+@pytest.mark.parametrize("shape", [dict(), dict(outputs=6, inner=2, groups=2), dict(outputs=5, inner=1, groups=5)])
+def test_levels_with_zero_points_against_loops(shape, lowest):
+    inputs, outputs = (Grid(8, level, level + 255) for level in lowest)
+    for activation in (Activation.NONE, Activation.RELU):
+        _, conv = random_case(3, padding=((1, 2), (0, 3)), activation=activation, **shape)
+        conv = replace(conv, output_grid=outputs, input_zero_point=stored_zero_point(inputs))
+        channels = conv.weight.shape[1] * conv.groups
+        q_x = np.random.RandomState(4).randint(inputs.lower, inputs.upper + 1, (2, channels, 7, 6))
+        levels = simulate_conv(q_x, conv)
+        np.testing.assert_array_equal(levels, naive_levels(q_x, conv))
+        assert levels.dtype == np.int32 and len(np.unique(levels)) > 3
 
 
 @pytest.mark.parametrize("shape", [dict(outputs=8), dict(outputs=8, inner=1, groups=8)])
@@ -241,6 +260,13 @@ def test_what_is_not_a_convolution_is_refused(change, error, message):
 def test_inputs_that_do_not_fit_are_refused(q_x, error, message):
     with pytest.raises(error, match=message):
         simulate_conv(q_x, IntegerConv(**GOOD))
+
+
+def test_levels_beyond_the_zero_point_are_refused():
+    conv = IntegerConv(**dict(GOOD, input_zero_point=-128))
+    simulate_conv(np.full((1, 2, 5, 5), 255), conv)
+    with pytest.raises(ValueError, match="must fit int8 with zero point -128, got 256 to 256"):
+        simulate_conv(np.full((1, 2, 5, 5), 256), conv)
 
 
 def test_what_overflows_32_bits_is_refused():

@@ -255,7 +255,7 @@ REFUSED = [
     (assign("input", "bits", 4), "'conv': input bits must be 8, got 4"),
     (assign("output", "bits", 7), "'conv': output bits must be 8, got 7"),
     (assign("weight", "bits", 4), "'conv': weight bits must be 8, got 4"),
-    (assign("input", "zero_point", 3), "'conv': input zero_point must be 0, got 3"),
+    (assign("input", "zero_point", -128), r"'conv': input zero_point must lie in the range \[-127, 127\], got -128"),
     (assign("weight", "asymmetric", True), "'conv': weights .* symmetric"),
     (assign("output", "clamp_max", 128), "'conv': output range"),
     (assign("weight", "clamp_min", 128), "'conv': weight range"),

@@ -25,6 +25,7 @@ from slimtrain.core import (
     quantize,
     same_padding,
     simulate_conv,
+    stored_zero_point,
     weight_grid,
 )
 from slimtrain.proto import LayerParams, convert, quantize_algorithm, run_model, save_algorithm
@@ -42,16 +43,19 @@ class Case(NamedTuple):
 
 
 def case(seed, outputs=16, inner=8, kernel=(3, 3), groups=1, size=(9, 10), bits=8, signed=True, batch=2,
-         on_grid=True, weight_size=1.0, large_bias=False, cap=True, coarse=False, **options):
+         on_grid=True, weight_size=1.0, large_bias=False, cap=True, coarse=False, lowest=None, **options):
     """A random convolution of ``bits``-bit levels whose outputs fill their grid.
 
     ``coarse`` levels make many of the sums ties; ``on_grid`` False puts the float inputs next to ties;
     ``weight_size`` shrinks weight and output scales; a large bias is beyond the 24 bits of a float32 in units
-    of the accumulator; ``cap`` says whether a ReLU6 limits the output grid.
+    of the accumulator; ``cap`` says whether a ReLU6 limits the output grid. ``lowest`` levels of input and output
+    that int8 holds only with a zero point.
     """
     rng = np.random.RandomState(seed)
     weights, inputs = weight_grid(bits), activation_grid(bits, signed)
     outputs_grid = inputs
+    if lowest is not None:
+        inputs, outputs_grid = (Grid(8, level, level + 255) for level in lowest)
     lowest = weights.lower if signed else -weights.upper
     weight = rng.randint(lowest, weights.upper + 1, (outputs, inner) + kernel)
     levels = rng.randint(inputs.lower, inputs.upper + 1, (batch, inner * groups) + size)
@@ -68,7 +72,7 @@ def case(seed, outputs=16, inner=8, kernel=(3, 3), groups=1, size=(9, 10), bits=
     if options.get("activation") is Activation.RELU6 and cap:
         outputs_grid = capped_grid(outputs_grid, output_scale)
     conv = IntegerConv(weight, scales, (bias * input_scale * scales).astype(f32), input_scale, output_scale,
-                       outputs_grid, groups=groups, **options)
+                       outputs_grid, groups=groups, input_zero_point=stored_zero_point(inputs), **options)
     offsets = 0 if on_grid else rng.choice([-0.5, 0.5, 0.499999, 0.25], levels.shape)
     return Case(conv, ((levels + offsets) * input_scale).astype(f32), inputs, weights)
 
@@ -112,6 +116,12 @@ CASES = {
     "depthwise, 3 bits unsigned, relu": case(29, inner=1, outputs=8, groups=8, bits=3, signed=False,
                                              activation=RELU),
     "depthwise, 2 bits": case(30, inner=1, outputs=8, groups=8, bits=2),
+    "dense, zero points": case(36, lowest=(0, -100), padding=SAME),
+    "dense, zero points at ties": case(37, lowest=(-30, 0), padding=SAME, coarse=True),
+    "dense, zero points, relu": case(38, lowest=(-200, -20), activation=RELU),
+    "grouped, zero points, relu6": case(39, lowest=(0, 0), groups=2, activation=RELU6),
+    "depthwise, zero points": case(40, inner=1, groups=16, lowest=(0, -100), padding=SAME),
+    "depthwise, zero points at ties": case(41, inner=1, groups=16, lowest=(-30, 0), padding=SAME, coarse=True),
     "one channel to one": case(31, inner=1, outputs=1, size=(20, 30)),
 }
 
