@@ -10,7 +10,8 @@ from torch import nn
 from slimtrain.callbacks.callback import example_from_batch
 from slimtrain.callbacks.exporting import Deployed, Exported
 from slimtrain.callbacks.exporting_callback import ExportingCallback
-from slimtrain.core import Coverage, LayerState
+from slimtrain.callbacks.moments import step_at
+from slimtrain.core import Coverage, LayerState, Moment, check_window
 from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,17 @@ class DeployingCallback(ExportingCallback):
         export_to: path without suffix of what is written at the end of ``fit``; None for the LightningModule's name
             in the Trainer's log folder, "" for no export.
         export_checkpoints: also export beside every checkpoint.
+        begin: until this moment the model is trained in float.
     """
 
-    def __init__(self, module: str = "", export_to: Optional[str] = None, export_checkpoints: bool = False) -> None:
+    def __init__(self, module: str = "", export_to: Optional[str] = None, export_checkpoints: bool = False,
+                 begin: Moment = 0.0) -> None:
         super().__init__(module, export_to)
+        check_window(begin, 1.0)
         self.export_checkpoints = export_checkpoints
+        self.begin = begin
+        self._begin_step: Optional[float] = None  #: of ``begin``, once the length of the training is known
+        self._waits = False  #: whether the model is being trained in float
         self.deployed: Optional[Deployed] = None
         self._quantizer: Any = None
 
@@ -87,7 +94,7 @@ class DeployingCallback(ExportingCallback):
 
     def is_ready(self) -> bool:
         """Whether the model computes as it will be deployed, so that it can be written."""
-        return True
+        return not self._waits
 
     # -- state
 
@@ -96,22 +103,71 @@ class DeployingCallback(ExportingCallback):
             self._quantizer.detach()
         self._quantizer = self.make_quantizer(model)
         self._quantizer.attach()
+        self.restart()
 
     def compression_state(self) -> Dict[str, Any]:
-        return self.quantizer.state_dict()
+        return {**self.quantizer.state_dict(), "begin_step": self._begin_step, "waits": self._waits}
 
     def load_compression_state(self, state: Mapping[str, Any]) -> None:
         self.quantizer.load_state_dict(state)
+        self._begin_step, self._waits = state["begin_step"], bool(state["waits"])
+
+    def restart(self) -> None:
+        self._begin_step, self._waits = None, False
 
     # -- what a report says
 
     def layer_notes(self) -> Dict[str, LayerNote]:
         return {row.name: LayerNote(0.0, row.reason) for row in self.quantizer.coverage().layers}
 
+    # -- when: in float until ``begin``
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._begin_step is None:
+            self._begin_step = step_at(trainer, self.begin)
+            self._waits = self._begin_step > 0
+            total = trainer.estimated_stepping_batches
+            if self._waits and self._begin_step >= total:
+                raise ValueError("begin=%r is optimizer step %d, and training ends with step %d: quantization would "
+                                 "never begin" % (self.begin, self._begin_step, total))
+        self._stay_float()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._stay_float()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_test_start(trainer, pl_module)
+        self._stay_float()
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_predict_start(trainer, pl_module)
+        self._stay_float()
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self._waits:
+            self.quantizer.attach()
+
+    def _stay_float(self) -> None:
+        if self._waits:
+            self.quantizer.detach()
+
+    def advance(self, trainer: Any, pl_module: Any, batch: Any) -> None:
+        """Do what is due before a step of training."""
+        if self._waits and trainer.global_step >= (self._begin_step or 0):
+            logger.info("the model is quantized from optimizer step %d on", trainer.global_step)
+            self.start(trainer, pl_module, batch)
+
+    def start(self, trainer: Any, pl_module: Any, batch: Any) -> None:
+        """The moment ``begin`` has come, with a batch that the model has not seen yet."""
+        self._waits = False
+        self.quantizer.attach()
+
     # -- steps: operations that a step runs outside any module belong to the LightningModule
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.remember(example_from_batch(self.quantizer.model, batch))
+        self.advance(trainer, pl_module, batch)
         self._open(pl_module)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -150,7 +206,7 @@ class DeployingCallback(ExportingCallback):
 
     def _open(self, pl_module: Any) -> None:
         self._close(pl_module)
-        if self.quantizer.model is pl_module:
+        if self.quantizer.model is pl_module and not self._waits:
             self.quantizer.open_step()
 
     def _close(self, pl_module: Any, finished: bool = True) -> None:
@@ -179,6 +235,8 @@ class DeployingCallback(ExportingCallback):
         return self.quantizer.deploy(stem, self.example(example_input), **options)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self.is_ready() and self.export_to != "" and trainer.is_global_zero:
+            logger.warning("training ended before quantization began (begin=%r): nothing is quantized", self.begin)
         if not self.exports(trainer) or not self.write(trainer, pl_module):
             return
         assert self.deployed is not None

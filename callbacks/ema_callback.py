@@ -7,6 +7,7 @@ from torch import nn
 
 from slimtrain.callbacks.ema_quantizer import EMAQuantizer
 from slimtrain.callbacks.quantizer_callback import QuantizerCallback
+from slimtrain.core import Moment
 
 
 class EMAQuantizerCallback(QuantizerCallback):
@@ -21,6 +22,9 @@ class EMAQuantizerCallback(QuantizerCallback):
         activation_bits: instead of ``bits``.
         unsigned_activations: below 8 bits, give activations that are never negative the range 0..2^bits - 1.
         module: dotted path of the submodule to compress; "" for the whole model.
+        begin: until this moment the model is trained in float, then its scales start: an optimizer step (int), a part
+            of the training (float in [0, 1]) or a text like "3 epochs".
+        end: from this moment on scales stay as they are, while weights go on learning; 1.0 for never.
         calibration_batches: training batches that set the start of the activation scales.
         export_to: path without suffix of what is written at the end of ``fit``; None for the model's name in the
             Trainer's log folder, "" for no export.
@@ -29,10 +33,10 @@ class EMAQuantizerCallback(QuantizerCallback):
 
     def __init__(self, skip_quant_layers: Optional[List[str]] = None, bits: int = 8, debug_info: bool = False,
                  retain_sparsity: bool = False, *, weight_bits: Optional[int] = None,
-                 activation_bits: Optional[int] = None, unsigned_activations: bool = True, module: str = "",
-                 calibration_batches: int = 1, export_to: Optional[str] = None,
-                 export_checkpoints: bool = False) -> None:
-        super().__init__(module, calibration_batches, export_to, export_checkpoints)
+                 activation_bits: Optional[int] = None, unsigned_activations: bool = True,
+                 begin: Moment = 0.0, end: Moment = 1.0, module: str = "", calibration_batches: int = 1,
+                 export_to: Optional[str] = None, export_checkpoints: bool = False) -> None:
+        super().__init__(module, calibration_batches, export_to, export_checkpoints, begin, end)
         EMAQuantizer.check(bits, weight_bits, activation_bits)
         self._arguments: Dict[str, Any] = {
             "skip_quant_layers": tuple(skip_quant_layers or ()), "bits": bits, "debug_info": debug_info,

@@ -1,7 +1,7 @@
 """Quantization by range tracking: activations keep a moving average of their range, weights their present one."""
 from __future__ import annotations
 
-from typing import Any, Collection, Dict, List, Mapping, Optional
+from typing import Any, Callable, Collection, Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class EMAQuantizer(QATQuantizer):
         return float(_range_scale(value, grid))
 
     def make_simulation(self) -> Simulation:
-        return RangeTracking(self.modules(), self.layers, self.known_plan())
+        return RangeTracking(self.modules(), self.layers, self.known_plan(), lambda: not self.frozen)
 
     def deployed_layers(self) -> List[DeployedLayer]:
         follow_weights(self.layers, self.scales)
@@ -85,11 +85,16 @@ class RangeTracking(Simulation):
     Args:
         modules, plan: see :class:`Simulation`.
         layers: the quantized layers by name.
+        moving: tells whether the ranges of activations still move.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], plan: Plan) -> None:
+    runs_activations = False
+
+    def __init__(self, modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], plan: Plan,
+                 moving: Callable[[], bool]) -> None:
         super().__init__(modules, plan)
         self._layers = layers
+        self._moving = moving
         self._tracks = False
         self._before: Dict[Owner, Tensor] = {}  #: the scale with which the present run began
         self._now: Dict[Owner, Tensor] = {}     #: the largest scale that a tensor of it asked for
@@ -98,7 +103,7 @@ class RangeTracking(Simulation):
         super().begin(tracker)
         scales = {name: scales_of(layer) for name, layer in self._layers.items()}
         follow_weights(self._layers, scales)
-        self._tracks = tracker.root.training
+        self._tracks = tracker.root.training and self._moving()
         self._before, self._now = {}, {}
 
     def end(self, tracker: Tracker) -> None:

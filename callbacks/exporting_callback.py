@@ -50,12 +50,17 @@ class ExportingCallback(CompressionCallback):
         """Export, convert with MNN, run and compare."""
         raise NotImplementedError
 
+    def is_ready(self) -> bool:
+        """Whether there is a compressed model to write."""
+        return True
+
     def exports(self, trainer: Any) -> bool:
         """Whether this callback writes the model at the end of ``fit``."""
-        if self.export_to == "" or not trainer.is_global_zero:
+        if self.export_to == "" or not trainer.is_global_zero or not self.is_ready():
             return False
         others = [other for other in compressions(trainer) if isinstance(other, ExportingCallback)]
-        return not any(other.export_to != "" and other.export_rank > self.export_rank for other in others)
+        return not any(other.export_to != "" and other.is_ready() and other.export_rank > self.export_rank
+                       for other in others)
 
     def stem(self, trainer: Any, pl_module: Any) -> str:
         """Path without suffix of the files."""

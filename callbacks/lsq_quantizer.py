@@ -104,7 +104,7 @@ class LSQQuantizer(QATQuantizer):
 
     def _observes(self) -> bool:
         self._trained = self._trained or self.model.training
-        return self.model.training or not self._trained
+        return not self.frozen and (self.model.training or not self._trained)
 
     def state_dict(self) -> Dict[str, Any]:
         handler = self._tracker.handler

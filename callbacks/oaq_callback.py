@@ -7,6 +7,7 @@ from torch import nn
 
 from slimtrain.callbacks.oaq_quantizer import OAQQuantizer
 from slimtrain.callbacks.quantizer_callback import QuantizerCallback
+from slimtrain.core import Moment
 
 
 class OAQQuantizerCallback(QuantizerCallback):
@@ -23,6 +24,9 @@ class OAQQuantizerCallback(QuantizerCallback):
         unsigned_activations: below 8 bits, give activations that are never negative the range 0..2^bits - 1.
         scale_lr_ratio: learning rate of the scales over that of their parameter group.
         module: dotted path of the submodule to compress; "" for the whole model.
+        begin: until this moment the model is trained in float, then its scales start: an optimizer step (int), a part
+            of the training (float in [0, 1]) or a text like "3 epochs".
+        end: from this moment on scales stay as they are, while weights go on learning; 1.0 for never.
         calibration_batches: training batches that set the start of the activation scales.
         export_to: path without suffix of what is written at the end of ``fit``; None for the model's name in the
             Trainer's log folder, "" for no export.
@@ -32,10 +36,10 @@ class OAQQuantizerCallback(QuantizerCallback):
     def __init__(self, skip_quant_layers: Optional[List[str]] = None, bits: int = 8,
                  min_clamp_value: int = 0, debug_info: bool = False, retain_sparsity: bool = False, *,
                  weight_bits: Optional[int] = None, activation_bits: Optional[int] = None,
-                 unsigned_activations: bool = True, scale_lr_ratio: float = 1.0, module: str = "",
-                 calibration_batches: int = 1, export_to: Optional[str] = None,
-                 export_checkpoints: bool = False) -> None:
-        super().__init__(module, calibration_batches, export_to, export_checkpoints)
+                 unsigned_activations: bool = True, scale_lr_ratio: float = 1.0,
+                 begin: Moment = 0.0, end: Moment = 1.0, module: str = "", calibration_batches: int = 1,
+                 export_to: Optional[str] = None, export_checkpoints: bool = False) -> None:
+        super().__init__(module, calibration_batches, export_to, export_checkpoints, begin, end)
         OAQQuantizer.check(bits, weight_bits, activation_bits, "online", scale_lr_ratio)
         OAQQuantizer.check_clamp(min_clamp_value)
         self._arguments: Dict[str, Any] = {

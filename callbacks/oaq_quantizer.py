@@ -95,6 +95,8 @@ class OAQQuantizer(LSQQuantizer):
             after = narrowed_clamp(before, peak * _HEADROOM, self.min_clamp_value, self._largest)
             if after == before:
                 continue
+            if self.frozen:  # a narrower clamp would change the scales
+                after = Clamp(before.level, False)
             logger.info("%s: sums of %.0f are too close to %d, its clamp %d becomes %d%s", name, peak, LARGEST_SUM,
                         before.level, after.level, "" if after.fits_int16 else " with sums of 32 bits")
             self.clamps[name] = after

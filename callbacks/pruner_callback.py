@@ -11,9 +11,10 @@ from torch import nn
 from slimtrain.callbacks.callback import compressions, example_from_batch
 from slimtrain.callbacks.exporting import Exported
 from slimtrain.callbacks.exporting_callback import ExportingCallback
+from slimtrain.callbacks.moments import epoch_steps
 from slimtrain.callbacks.pruner import Pruner
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
-from slimtrain.core import Moment, PruningSchedule, check_moment, is_before, schedule_between, step_of
+from slimtrain.core import Moment, PruningSchedule, check_window, schedule_between, step_of
 from slimtrain.proto import ConvertOptions
 from slimtrain.proto.conversion_report import LayerNote
 
@@ -42,10 +43,7 @@ class PrunerCallback(ExportingCallback):
     def __init__(self, arguments: Dict[str, Any], begin: Moment, end: Moment, prune_finetune_iterations: Optional[int],
                  result_file: str, module: str, export_to: Optional[str], weight_bits: int) -> None:
         super().__init__(module, export_to)
-        for moment in (begin, end):
-            check_moment(moment)
-        if is_before(end, begin):
-            raise ValueError("pruning cannot end at %r before it begins at %r" % (end, begin))
+        check_window(begin, end)
         self._arguments = dict(arguments, prune_finetune_iterations=prune_finetune_iterations or 0)
         self._begin, self._end, self._finetune = begin, end, prune_finetune_iterations
         self.result_file = result_file
@@ -89,7 +87,7 @@ class PrunerCallback(ExportingCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._scheduled:
-            self.pruner.schedule = self._schedule(trainer.estimated_stepping_batches, _epoch_steps(trainer))
+            self.pruner.schedule = self._schedule(trainer.estimated_stepping_batches, epoch_steps(trainer))
             self._scheduled = True
         self._sparsity = self.pruner.sparsity
         # the optimizer's own hook: right also under manual optimization, and silent when a scaler skips the step
@@ -193,12 +191,6 @@ class PrunerCallback(ExportingCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _epoch_steps(trainer: Any) -> Optional[float]:
-    """Optimizer steps of an epoch; None where a data set does not tell its length."""
-    batches = trainer.num_training_batches
-    return None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def _is_first_rank() -> bool:

@@ -24,6 +24,7 @@ from slimtrain.core import Quantizer as Owner
 logger = logging.getLogger(__name__)
 
 _STORED_BITS = 8
+_LARGE = 1 << 17  #: weights of a network that trains for so long that seconds of compiling do not count
 
 
 class Batch(NamedTuple):
@@ -67,6 +68,7 @@ class Quantizer:
         self.bits = Bits(weight_bits, activation_bits)
         self.plan: Optional[Plan] = None
         self.calibrating = False
+        self.frozen = False  #: whether scales stay as they are
         self.seen: Dict[Owner, Any] = {}  #: what calibration has seen of each activation
         self._choice = choose_layers(model, skip_quant_layers)
         self._skip = tuple(skip_quant_layers)
@@ -77,6 +79,9 @@ class Quantizer:
         self._tracker = Tracker(model, self.layers, Handler())
         self._handles: List[Any] = []
         self.scales = {name: self.make_scales(layer) for name, layer in self.layers.items()}
+        is_large = sum(map(weight_count, self.layers.values())) >= _LARGE
+        for scales in self.scales.values():
+            scales.compiles_all = is_large
         self._groups = ScaleGroups(self, scale_lr_ratio)
 
     @property
@@ -123,8 +128,19 @@ class Quantizer:
 
     def forget(self) -> None:
         """Learn the plan and all scales anew, from the next batch that comes in training mode."""
-        self.plan, self.seen = None, {}
+        self.plan, self.seen, self.frozen = None, {}, False
         self._tracker.handler = Handler()
+
+    def freeze_scales(self) -> None:
+        """Let scales stay as they are from now on, while weights go on learning.
+
+        Scales that follow from the weights as they are go on doing so.
+
+        Raises:
+            RuntimeError: there are no scales yet.
+        """
+        self.known_plan()
+        self.frozen = True
 
     def restore_optimizers(self) -> None:
         """Give optimizers their own parameter groups back, after a step that was broken off by an exception."""
@@ -320,6 +336,7 @@ class Quantizer:
             "plan": json.dumps(self.plan.to_json(), sort_keys=True) if self.plan else "",
             "weight": {name: scales.weight.detach().clone() for name, scales in self.scales.items()},
             "activation": {name: scales.activation.detach().clone() for name, scales in self.scales.items()},
+            "frozen": self.frozen,
             "sizes": {name: list(scales.sizes) for name, scales in self.scales.items()},
             "keep": {name: scales.keep.clone() for name, scales in self.scales.items() if scales.keep is not None},
         }
@@ -346,6 +363,7 @@ class Quantizer:
                 scales.activation.copy_(state["activation"][name])
                 if scales.keep is not None and name in state["keep"]:
                     scales.keep.copy_(state["keep"][name])
+        self.frozen = bool(state["frozen"])
         for name, sizes in state["sizes"].items():
             self.scales[name].sizes = ScaleSizes(*sizes)
         if state["plan"]:

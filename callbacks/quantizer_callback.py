@@ -1,17 +1,21 @@
 """Quantization-aware training inside a Lightning Trainer."""
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional
 
+import torch
 from torch import nn
 
-from slimtrain.callbacks.callback import example_from_batch, has_forward
+from slimtrain.callbacks.callback import compressions, example_from_batch, has_forward
 from slimtrain.callbacks.deploying_callback import DeployingCallback
 from slimtrain.callbacks.first_batches import first_batches
 from slimtrain.callbacks.model_view import passed_inputs
+from slimtrain.callbacks.moments import step_at
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.quantizer import Batch, arguments
+from slimtrain.core import Moment, check_window
 from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
@@ -24,11 +28,16 @@ class QuantizerCallback(DeployingCallback):
         module: see :class:`CompressionCallback`.
         calibration_batches: training batches that set the start of the activation scales.
         export_to, export_checkpoints: see :class:`DeployingCallback`.
+        begin: until this moment the model is trained in float; then its scales start, from the batch of that moment.
+        end: from this moment on scales stay as they are, while weights go on learning.
     """
 
     def __init__(self, module: str = "", calibration_batches: int = 1, export_to: Optional[str] = None,
-                 export_checkpoints: bool = False) -> None:
-        super().__init__(module, export_to, export_checkpoints)
+                 export_checkpoints: bool = False, begin: Moment = 0.0, end: Moment = 1.0) -> None:
+        super().__init__(module, export_to, export_checkpoints, begin)
+        check_window(begin, end)
+        self.end = end
+        self._end_step: Optional[float] = None  #: of ``end``, once the length of the training is known
         if calibration_batches < 1:
             raise ValueError("calibration_batches must be at least 1, got %r" % calibration_batches)
         self.calibration_batches = calibration_batches
@@ -45,9 +54,6 @@ class QuantizerCallback(DeployingCallback):
         if self.quantizer.plan is None:
             self.quantizer.detach()
 
-    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-        self.quantizer.attach()
-
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
         present = {id(module) for module in pl_module.modules()}
@@ -57,10 +63,36 @@ class QuantizerCallback(DeployingCallback):
                                "them only once (if self.net is None: ...)" % ", ".join(gone))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.quantizer.plan is None:
-            examples = [self.remember(example) for example in self._examples(trainer, pl_module)]
-            count = self.quantizer.calibrate(examples)
-            logger.info("set the scales of %d layers from %d inputs", len(self.quantizer.layers), count)
+        super().on_train_start(trainer, pl_module)
+        if self._end_step is None:
+            self._end_step = step_at(trainer, self.end)
+        if self.quantizer.plan is None and not self._waits:
+            self._calibrate(trainer, pl_module, first_batches(trainer, pl_module, self.calibration_batches))
+
+    def start(self, trainer: Any, pl_module: Any, batch: Any) -> None:
+        super().start(trainer, pl_module, batch)
+        for optimizer in trainer.optimizers:  # as if the scales were new: under DDP they had gradients of zero
+            for scale in self.new_parameters():
+                optimizer.state.pop(scale, None)
+        more = self.calibration_batches - 1
+        self._calibrate(trainer, pl_module, [batch, *(first_batches(trainer, pl_module, more) if more else [])])
+
+    def advance(self, trainer: Any, pl_module: Any, batch: Any) -> None:
+        super().advance(trainer, pl_module, batch)
+        if self._end_step is not None and trainer.global_step >= self._end_step and not self._waits:
+            self.quantizer.freeze_scales()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        super().on_before_backward(trainer, pl_module, loss)
+        learned = [scale for scale in self.new_parameters() if scale.requires_grad]
+        if self._waits and learned and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # DDP waits for a gradient of every parameter that it knows
+            torch.stack([scale.sum() * 0 for scale in learned]).sum().backward()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self.quantizer.frozen:  # whoever clips gradients by their norm shall not count these
+            for scale in self.new_parameters():
+                scale.grad = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
@@ -83,12 +115,39 @@ class QuantizerCallback(DeployingCallback):
     def new_parameters(self) -> List[nn.Parameter]:
         return list(self.quantizer.scale_parameters())
 
+    def compression_state(self) -> Dict[str, Any]:
+        return {**super().compression_state(), "end_step": self._end_step}
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        super().load_compression_state(state)
+        self._end_step = state["end_step"]
+
     def restart(self) -> None:
+        super().restart()
+        self._end_step = None
         self.quantizer.forget()
 
-    def _examples(self, trainer: Any, pl_module: Any) -> List[Any]:
-        """Inputs of the quantized model, from the first training batches."""
-        return model_inputs(self.quantizer, pl_module, first_batches(trainer, pl_module, self.calibration_batches))
+    def _calibrate(self, trainer: Any, pl_module: Any, batches: List[Any]) -> None:
+        """Choose the scales from what the quantized model is given for some batches."""
+        with _others_in_float(trainer, self):
+            examples = [self.remember(example) for example in model_inputs(self.quantizer, pl_module, batches)]
+        count = self.quantizer.calibrate(examples)
+        logger.info("set the scales of %d layers from %d inputs", len(self.quantizer.layers), count)
+
+
+@contextlib.contextmanager
+def _others_in_float(trainer: Any, mine: QuantizerCallback) -> Iterator[None]:
+    """Quantizers of other submodules that have no scales yet do not watch a run that only looks for inputs."""
+    found = [other.quantizer for other in compressions(trainer)
+             if isinstance(other, QuantizerCallback) and other is not mine and other.quantizer.plan is None
+             and other.quantizer.is_attached]
+    for quantizer in found:
+        quantizer.detach()
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.attach()
 
 
 def model_inputs(quantizer: QATQuantizer, pl_module: Any, batches: Iterable[Any]) -> List[Any]:

@@ -10,6 +10,7 @@ changes, and neither schedulers nor checkpoints ever see the additional group.
 """
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any, Dict, List, NamedTuple
 
@@ -33,8 +34,8 @@ class ScaleGroups:
     """Splits the scales off the groups of any optimizer that holds them, while it steps.
 
     Args:
-        owner: an object whose ``scale_parameters()`` are the scales, and whose ``scale_sizes()`` are their sizes by
-            the ``id`` of the parameter; not kept alive by this one.
+        owner: an object whose ``scale_parameters()`` are the scales, whose ``scale_sizes()`` are their sizes by the
+            ``id`` of the parameter, and whose ``frozen`` says that no optimizer moves them; not kept alive by this one.
         learning_rate_ratio: learning rate of the scales over that of their group.
     """
 
@@ -42,8 +43,8 @@ class ScaleGroups:
         self._owner = weakref.ref(owner)
         self._ratio = learning_rate_ratio
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._handles = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
-        weakref.finalize(owner, _remove, self._handles)
+        _ALIVE.add(self)
+        _watch_optimizers()
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> ScaleGroups:
         owner = self._owner()
@@ -55,23 +56,25 @@ class ScaleGroups:
         for optimizer in list(self._optimizers):
             _unite(optimizer)
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def split(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is about to step."""
         if optimizer in self._optimizers:  # the step before this one was broken off
             _unite(optimizer)
             self._optimizers.discard(optimizer)
         owner = self._owner()
         scales = {id(parameter) for parameter in owner.scale_parameters()} if owner is not None else set()
-        plain = isinstance(optimizer, _PLAIN)
+        plain, frozen = isinstance(optimizer, _PLAIN), owner is not None and owner.frozen
         units = {} if owner is None or plain else owner.scale_sizes()
         for group in list(optimizer.param_groups):
             mine = [parameter for parameter in group["params"] if id(parameter) in scales]
-            if not mine or (plain and self._ratio == 1.0 and not group.get("weight_decay")):
+            if not mine or (plain and not frozen and self._ratio == 1.0 and not group.get("weight_decay")):
                 continue
             if not hasattr(optimizer, _SPLIT):
                 groups = list(optimizer.param_groups)
                 setattr(optimizer, _SPLIT, _Split(groups, [each["params"] for each in groups]))
             self._optimizers.add(optimizer)
-            for unit in dict.fromkeys(units.get(id(parameter), 1.0) for parameter in mine):
+            moved = () if frozen else dict.fromkeys(units.get(id(parameter), 1.0) for parameter in mine)
+            for unit in moved:
                 alike = [parameter for parameter in mine if units.get(id(parameter), 1.0) == unit]
                 optimizer.param_groups.append({**group, **self._changes(group, unit), "params": alike})
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scales]
@@ -82,7 +85,8 @@ class ScaleGroups:
             changes["weight_decay"] = 0.0
         return changes
 
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def unite(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has stepped."""
         if optimizer in self._optimizers:
             self._optimizers.discard(optimizer)
             _unite(optimizer)
@@ -98,9 +102,25 @@ def _unite(optimizer: torch.optim.Optimizer) -> None:
     delattr(optimizer, _SPLIT)
 
 
-def _remove(handles: List[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+# One pair of hooks serves all, and stays: torch goes through its hooks while a step runs, and one that were removed
+# in between, because a quantizer happened to be collected then, would break the step.
+_ALIVE: weakref.WeakSet[ScaleGroups] = weakref.WeakSet()
+
+
+@functools.lru_cache(maxsize=None)
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for groups in list(_ALIVE):
+        groups.split(optimizer)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for groups in list(_ALIVE):
+        groups.unite(optimizer)
 
 
 def admit(parameters: List[nn.Parameter], optimizer: torch.optim.Optimizer, saved: Dict[str, Any]) -> None:

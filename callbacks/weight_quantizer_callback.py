@@ -7,6 +7,7 @@ from torch import nn
 
 from slimtrain.callbacks.deploying_callback import DeployingCallback
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer
+from slimtrain.core import Moment
 
 
 class WeightQuantizerCallback(DeployingCallback):
@@ -22,6 +23,8 @@ class WeightQuantizerCallback(DeployingCallback):
         layer_bits: bits of layers by name or pattern, instead of ``bits``; later patterns win.
         skip_quant_layers: names or patterns of layers that stay float.
         block_size: input channels that share a scale, a multiple of 16; 0 for one scale per output channel.
+        begin: until this moment the model is trained in float: an optimizer step (int), a part of the training (float
+            in [0, 1]) or a text like "3 epochs".
         module: dotted path of the submodule to compress; "" for the whole model.
         export_to: path without suffix of what is written at the end of ``fit``; None for the model's name in the
             Trainer's log folder, "" for no export.
@@ -33,9 +36,9 @@ class WeightQuantizerCallback(DeployingCallback):
 
     def __init__(self, bits: int = 8, debug_info: bool = False, mode: str = "symmetric", *,
                  layer_bits: Optional[Mapping[str, int]] = None, skip_quant_layers: Collection[str] = (),
-                 block_size: int = 0, module: str = "", export_to: Optional[str] = None,
+                 block_size: int = 0, begin: Moment = 0.0, module: str = "", export_to: Optional[str] = None,
                  export_checkpoints: bool = False) -> None:
-        super().__init__(module, export_to, export_checkpoints)
+        super().__init__(module, export_to, export_checkpoints, begin)
         WeightQuantizer.check(bits, mode, layer_bits, block_size)
         self._arguments: Dict[str, Any] = {
             "bits": bits, "debug_info": debug_info, "mode": mode, "layer_bits": dict(layer_bits or {}),

@@ -5,7 +5,6 @@ from slimtrain.core.calibrating import ActivationMethod, WeightMethod, calibrate
 from slimtrain.core.chain import (
     Affine,
     Chain,
-    add_identity,
     axis_owners,
     chain_error,
     chain_multiply_adds,
@@ -40,7 +39,7 @@ from slimtrain.core.decompose import (
     truncate_weight,
 )
 from slimtrain.core.entropy import entropy_threshold
-from slimtrain.core.equalization import Equalized, equalize_chain
+from slimtrain.core.equalization import ChainLayer, Equalized, equalizable_chains, equalize_chain
 from slimtrain.core.errors import ConversionError, CoverageError, ParameterFileError, SlimtrainError
 from slimtrain.core.files import replace_all, write_whole
 from slimtrain.core.grid import (
@@ -83,15 +82,27 @@ from slimtrain.core.ranks import (
     toolbox_rule,
 )
 from slimtrain.core.rounding import (
+    FIELDS_PER_BATCH,
+    LONGEST_FIELD,
     InputMoments,
+    RoundedWeight,
     adaptive_levels,
     add_moments,
     bias_correction,
     output_error,
     receptive_fields,
+    round_weight,
 )
 from slimtrain.core.scales import SMALLEST_SCALE, admm_scale, lsq_scale, max_abs_scale, mse_scale
-from slimtrain.core.schedule import Moment, PruningSchedule, Ramp, check_moment, is_before, schedule_between, step_of
+from slimtrain.core.schedule import (
+    Moment,
+    PruningSchedule,
+    Ramp,
+    check_moment,
+    check_window,
+    schedule_between,
+    step_of,
+)
 from slimtrain.core.selection import select
 from slimtrain.core.sensitivity import (
     Sensitivity,
@@ -130,6 +141,7 @@ __all__ = [
     "Analysis",
     "BudgetRanks",
     "Chain",
+    "ChainLayer",
     "ChannelChoice",
     "ChannelClasses",
     "ChannelGraph",
@@ -149,6 +161,7 @@ __all__ = [
     "ExpandedLine",
     "ExplicitRanks",
     "Export",
+    "FIELDS_PER_BATCH",
     "Factorization",
     "FactorizedLayer",
     "Grid",
@@ -158,6 +171,7 @@ __all__ = [
     "IntegerConv",
     "Kernel",
     "Kind",
+    "LONGEST_FIELD",
     "LayerCall",
     "LayerChannels",
     "LayerCoverage",
@@ -182,6 +196,7 @@ __all__ = [
     "RankPlan",
     "RankRule",
     "Role",
+    "RoundedWeight",
     "SMALLEST_SCALE",
     "SMALLEST_STORED_SCALE",
     "SeenLayer",
@@ -200,7 +215,6 @@ __all__ = [
     "activation_grid",
     "adaptive_levels",
     "add_compress_flag",
-    "add_identity",
     "add_moments",
     "admm_scale",
     "analyse_weight",
@@ -214,6 +228,7 @@ __all__ = [
     "chain_shapes",
     "channel_plan",
     "check_moment",
+    "check_window",
     "choose_channels",
     "chosen_spectra",
     "compose_chain",
@@ -221,6 +236,7 @@ __all__ = [
     "dequantize",
     "describe_factorized",
     "entropy_threshold",
+    "equalizable_chains",
     "equalize_chain",
     "evbmf",
     "fake_quantize",
@@ -232,7 +248,6 @@ __all__ = [
     "histogram",
     "identity_tap",
     "input_levels",
-    "is_before",
     "largest_level",
     "layer_keep",
     "load_pipeline",
@@ -260,6 +275,7 @@ __all__ = [
     "receptive_fields",
     "replace_all",
     "round_half_away",
+    "round_weight",
     "same_padding",
     "sample_stride",
     "save_report",

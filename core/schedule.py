@@ -122,6 +122,22 @@ def check_moment(moment: Any) -> None:
         raise ValueError(expected % (moment,))
 
 
+def check_window(begin: Any, end: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless these are two moments of which the second may come after the first.
+
+    A window that begins with the end of the training is refused, too: it would never open.
+    """
+    for name, moment in (("begin", begin), ("end", end)):
+        try:
+            check_moment(moment)
+        except (TypeError, ValueError) as error:
+            raise type(error)("%s %s" % (name, error)) from None
+    if is_before(end, begin):
+        raise ValueError("end must not lie before begin: %r is before %r" % (end, begin))
+    if isinstance(begin, float) and begin == 1.0:
+        raise ValueError("begin must lie before the end of the training, got 1.0")
+
+
 def is_before(first: Moment, second: Moment) -> bool:
     """Whether ``first`` certainly lies before ``second``: moments of different kinds cannot be compared beforehand."""
     if isinstance(first, str) and isinstance(second, str):

@@ -23,7 +23,7 @@ from slimtrain.core.fields import (
     declare,
     require,
 )
-from slimtrain.core.schedule import Moment, Ramp, is_before
+from slimtrain.core.schedule import Moment, Ramp, check_window
 from slimtrain.core.weight_only import WeightMode
 
 
@@ -116,8 +116,7 @@ class Prune(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if is_before(self.end, self.begin):
-            raise ValueError("end must not lie before begin: %r is before %r" % (self.end, self.begin))
+        check_window(self.begin, self.end)
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,12 @@ class Quantize(Stage):
     activation_bits: Optional[int] = declare(None, Integer(2, 8, "of activations, instead of bits", optional=True))
     unsigned_activations: bool = declare(
         True, Flag("below 8 bits, activations that are never negative have the range 0..2^bits - 1"))
+    begin: Moment = declare(0.0, When("until then the network is trained in float, and then its scales start"))
+    end: Moment = declare(1.0, When("from then on scales stay as they are, while weights go on learning"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_window(self.begin, self.end)
 
 
 @dataclass(frozen=True)
@@ -220,9 +225,11 @@ class QuantizeWeights(Stage):
     layer_bits: Mapping[str, int] = declare(None, LayerBits("bits of layers by name or pattern", optional=True))
     skip_quant_layers: Tuple[str, ...] = declare((), _SKIP)
     block_size: int = declare(0, Integer(0, 4096, "input channels that share a scale, a multiple of 16; 0 for all"))
+    begin: Moment = declare(0.0, When("until then the network is trained in float"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_window(self.begin, 1.0)
         if self.block_size % 16:
             raise ValueError("block_size must be a multiple of 16, got %r" % self.block_size)
 

@@ -1,9 +1,13 @@
 """How far optimizers move scales: not by weight decay, and by their size under optimizers that know no sizes."""
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nets import Small, images
 from slimtrain.callbacks import LSQQuantizer
@@ -57,3 +61,19 @@ def test_units_travel_with_the_state():
     again.load_state_dict(quantizer.state_dict())
     assert [scales.sizes for scales in again.scales.values()] == [scales.sizes for scales in quantizer.scales.values()]
     assert any(scales.sizes.weight < 0.1 for scales in again.scales.values())
+
+
+def test_a_quantizer_may_be_collected_in_the_middle_of_a_step():
+    quantizer = LSQQuantizer(Small(), bits=4)
+    quantizer.itself = quantizer  # only the garbage collector ends this
+    gone = weakref.ref(quantizer)
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    weight.grad = torch.ones(2)
+    handle = register_optimizer_step_pre_hook(lambda *_: gc.collect() and None)
+    del quantizer
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert gone() is None and torch.equal(weight, torch.full((2,), 0.9))

@@ -36,7 +36,8 @@ class Watch(Callback):
         self.steps.append([value.detach().clone() for value in values])
 
 for kind in sys.argv[3:]:
-    quantizing = getattr(callbacks, kind)(bits=4, export_to="", module="net")
+    options = {"begin": 2} if kind in sys.argv[3:5] else {}  # two of them train in float before
+    quantizing = getattr(callbacks, kind)(bits=4, export_to="", module="net", **options)
     watch = Watch(quantizing)
     torch.manual_seed(7)
     session = trainer(sys.argv[1], quantizing, watch, max_epochs=2, strategy="ddp", devices=2)
