@@ -13,12 +13,9 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from slimtrain.core import add_identity
 
 _EPS = 1e-5
 _MOMENTUM = 0.1
@@ -37,6 +34,7 @@ class ExpandedLayer(nn.Module):
     middle_mean: Tensor
     middle_var: Tensor
     bias: Optional[Tensor]          #: the original's own
+    compact_weight: Tuple[nn.Parameter, ...]  #: the original's; its values mean nothing while it is expanded
     tap: Optional[Tuple[int, ...]]  #: where the kernel passes the input through; None without bypass
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +60,8 @@ class ExpandedLayer(nn.Module):
             first, last = self._scaled_ends()
             weight = _product(last, self.middle.to(first.dtype), first)
             if self.tap is not None:
-                weight = weight + torch.from_numpy(add_identity(np.zeros(weight.shape), self.tap)).to(weight)
+                place: Tuple[Any, ...] = (slice(None), slice(None), *self.tap)
+                weight[place].diagonal().add_(1)
             if self.bias is None or self.first_gain is None:
                 return weight, None if self.bias is None else self.bias.to(weight.dtype)
             return weight, self.bias.to(weight.dtype) - last @ self.middle_mean.to(weight.dtype)
@@ -192,9 +191,12 @@ EXPANDED: Dict[Type[nn.Module], Type[ExpandedLayer]] = {
 
 
 def _product(last: Tensor, middle: Tensor, first: Tensor) -> Tensor:
-    """last [O, R] times middle [R, S, ...] times first [S, I], the shorter way round."""
-    if last.shape[0] < first.shape[1]:
-        return torch.einsum("os...,si->oi...", torch.einsum("or,rs...->os...", last, middle), first)
+    """last [O, R] times middle [R, S, ...] times first [S, I], the shorter way round.
+
+    Where both are equally long, the one that multiplies ``middle`` as it lies in memory.
+    """
+    if last.shape[0] <= first.shape[1]:
+        return torch.einsum("os...,si->oi...", torch.einsum("or,rs...->os...", last, middle), first).contiguous()
     return torch.einsum("or,ri...->oi...", last, torch.einsum("rs...,si->ri...", middle, first))
 
 

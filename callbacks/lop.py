@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtrain.callbacks.expanded import EXPANDED, ExpandedLayer
-from slimtrain.callbacks.expansion import expand_layer, merge_layer
+from slimtrain.callbacks.expansion import expand_layer, merge_layer, start_layers
 from slimtrain.callbacks.factors import shared_weights, why_dense
 from slimtrain.callbacks.layers import layer_kind, weight_count
 from slimtrain.core import ExpandedLine, select
@@ -89,7 +89,8 @@ class LOP:
         before = {name: weight_count(modules[name]) for name in reasons}
         for name, reason in reasons.items():
             if not reason:
-                expand_layer(modules[name], expand_rate, add_batchnorm, add_bypass, keep_weights)
+                expand_layer(modules[name], expand_rate, add_batchnorm, add_bypass)
+        start_layers([module for module in modules.values() if isinstance(module, ExpandedLayer)], keep_weights)
         self._expanded = expanded
         self.report = tuple(
             ExpandedLine(name, layer_kind(modules[name]), (before[name], weight_count(modules[name])),
@@ -107,9 +108,13 @@ class LOP:
             RuntimeError: nothing has been expanded.
         """
         model = self._model()
-        # merging drops the wide weights, the bulk of the model, so the copy need not have its own
-        wide = {id(value): value for layer in self._layers().values() for value in layer.wide()}
-        merged = model if in_place else copy.deepcopy(model, wide)
+        # merging drops the wide weights, the bulk of the model, and fills the small ones: neither need be copied
+        unread: Dict[int, Tensor] = {}
+        for layer in self._layers().values():
+            unread.update((id(value), value) for value in layer.wide())
+            unread.update((id(value), nn.Parameter(torch.empty_like(value), value.requires_grad))
+                          for value in layer.compact_weight)
+        merged = model if in_place else copy.deepcopy(model, unread)
         for module in list(merged.modules()):
             if isinstance(module, ExpandedLayer):
                 merge_layer(module)

@@ -54,21 +54,6 @@ def merge_chain(chain: Sequence[Affine]) -> Affine:
     return reduce(_after, chain[1:], first)
 
 
-def add_identity(weight: np.ndarray, tap: Sequence[int]) -> np.ndarray:
-    """A kernel that also adds its input to its output: ones at ``tap``, the position that sees the output's own place.
-
-    Raises:
-        ValueError: inputs and outputs differ in number, or ``tap`` lies outside the kernel.
-    """
-    outputs, inputs, extents = weight.shape[0], weight.shape[1], weight.shape[2:]
-    if outputs != inputs or len(tap) != len(extents) or not all(0 <= t < e for t, e in zip(tap, extents)):
-        raise ValueError(f"a kernel of shape {weight.shape} cannot pass its input through position {tuple(tap)}")
-    channels = np.arange(outputs)
-    added = np.array(weight)
-    added[(channels, channels) + tuple(tap)] += 1
-    return added
-
-
 def identity_tap(extents: Shape, stride: Shape, padding: Sequence[Tuple[int, int]],
                  dilation: Shape) -> Optional[Shape]:
     """The position of a kernel that sees the output's own place; None where output and input differ in shape.
