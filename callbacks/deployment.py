@@ -88,11 +88,13 @@ def integer_layer(layer: nn.Module, norm: Optional[nn.Module], call: PlannedCall
     weight = _kept_weight(layer, own)
     factor, shift = _affine(norm, weight)
     # float32, as training computes the levels
-    levels = integer_levels(weight.float(), own.weight_scale().float(), own.weight_range())
+    levels = own.rounded(integer_levels(weight.float(), own.weight_scale().float(), own.weight_range()), weight)
     columns = (-1,) + (1,) * (weight.dim() - 1)
     levels = levels * torch.sign(factor).float().reshape(columns)
     folded = own.weight_scale().double() * factor.abs()
     bias = shift + layer.bias.double() * factor if isinstance(layer.bias, Tensor) else shift
+    correction = own.bias_correction()
+    corrected = bias if correction is None else bias + correction * factor
     smallest = _SMALLEST_DEPTHWISE_SCALE if is_depthwise(layer) else SMALLEST_SCALE
     # channels whose scale MNN cannot divide by are rounded anew, which makes almost all of their weights zero
     ratio = torch.where(folded < smallest, folded / smallest, 1.0).reshape(columns)
@@ -100,7 +102,7 @@ def integer_layer(layer: nn.Module, norm: Optional[nn.Module], call: PlannedCall
     folded32 = folded.clamp_min(smallest).float()
     input_scale = scales[call.input.layer].activation_scale(call.input.role).float()
     output_scale = scales[call.output.layer].activation_scale(call.output.role).float()
-    deployed = _in_units(bias, input_scale.double() * folded32.double()) if is_depthwise(layer) else bias
+    deployed = _in_units(corrected, input_scale.double() * folded32.double()) if is_depthwise(layer) else corrected
     return IntegerLayer(levels, folded32, deployed.float(), bias, factor, input_scale, output_scale)
 
 

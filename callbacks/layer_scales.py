@@ -104,6 +104,14 @@ class LayerScales(nn.Module):
         """Integer range of the input or output."""
         return self._range(1 + _POSITION[role])
 
+    def rounded(self, nearest: Tensor, weight: Tensor) -> Tensor:
+        """The integer levels of a weight that go to the device, given the nearest ones."""
+        return nearest
+
+    def bias_correction(self) -> Optional[Tensor]:
+        """What the bias of the deployed layer makes up for, float64 [O] before a batch norm; None for nothing."""
+        return None
+
     def set_activation_scale(self, role: Role, scale: Union[float, Tensor]) -> None:
         """Overwrite one activation scale."""
         with torch.no_grad():

@@ -30,6 +30,9 @@ class OfflineQuantizerCallback(DeployingCallback):
         weight_bits: instead of ``bits``.
         activation_bits: instead of ``bits``.
         unsigned_activations: below 8 bits, give activations that are never negative the range 0..2^bits - 1.
+        equalize: first let layers in a row trade the ranges of their channels, in place.
+        correct_bias: give the outputs of quantized layers the mean back that rounding takes.
+        adaptive_rounding: round weights by what the layers compute, not to the nearest level.
         module: dotted path of the submodule to compress; "" for the whole model.
         export_to: path without suffix of what is written after calibration; None for the model's name in the
             Trainer's log folder, "" for no export.
@@ -38,14 +41,16 @@ class OfflineQuantizerCallback(DeployingCallback):
     def __init__(self, skip_quant_layers: Optional[List[str]] = None, bits: int = 8, debug_info: bool = False, *,
                  method: Union[str, ActivationMethod] = ActivationMethod.MSE,
                  weight_method: Union[str, WeightMethod] = WeightMethod.MSE, weight_bits: Optional[int] = None,
-                 activation_bits: Optional[int] = None, unsigned_activations: bool = True, module: str = "",
+                 activation_bits: Optional[int] = None, unsigned_activations: bool = True, equalize: bool = False,
+                 correct_bias: bool = False, adaptive_rounding: bool = False, module: str = "",
                  export_to: Optional[str] = None) -> None:
         super().__init__(module, export_to)
         OfflineQuantizer.check(bits, weight_bits, activation_bits, method, weight_method)
         self._arguments: Dict[str, Any] = {
             "skip_quant_layers": tuple(skip_quant_layers or ()), "bits": bits, "debug_info": debug_info,
             "method": method, "weight_method": weight_method, "weight_bits": weight_bits,
-            "activation_bits": activation_bits, "unsigned_activations": unsigned_activations}
+            "activation_bits": activation_bits, "unsigned_activations": unsigned_activations,
+            "equalize": equalize, "correct_bias": correct_bias, "adaptive_rounding": adaptive_rounding}
         self._observing = False
 
     def make_quantizer(self, model: nn.Module) -> OfflineQuantizer:

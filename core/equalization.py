@@ -6,9 +6,12 @@ as it is and give per-tensor activations, and depthwise weights, the most of the
 """
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Sequence
+from collections import Counter
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+
+from slimtrain.core.placement import Op, OpKind
 
 _ROUNDS = 20
 _TOLERANCE = 1e-3
@@ -22,6 +25,66 @@ class Equalized(NamedTuple):
     weights: List[np.ndarray]
     biases: List[Optional[np.ndarray]]
     factors: List[np.ndarray]  #: float64; output channel ``i`` of layer ``k`` was divided by ``factors[k][i]``
+
+
+class ChainLayer(NamedTuple):
+    """A layer of a chain."""
+
+    layer: str
+    batch_norm: str  #: the tensor that a batch norm behind the layer makes; "" without one
+
+
+def equalizable_chains(ops: Sequence[Op], outputs: Sequence[str],
+                       usable: Callable[[ChainLayer], bool]) -> List[Tuple[ChainLayer, ...]]:
+    """Layers in a row of which each alone reads what the one before it makes, with at most a norm and a ReLU between.
+
+    A chain ends at anything else: a ReLU6, a pool or a residual branch do not let a factor pass, and neither does a
+    layer that is used twice.
+
+    Args:
+        ops: the network in execution order.
+        outputs: tensors that leave the network.
+        usable: whether a layer, and the batch norm behind it, can be scaled.
+
+    Returns:
+        the chains of two layers or more.
+    """
+    readers: Dict[str, List[Op]] = {}
+    for op in ops:
+        for name in op.inputs:
+            readers.setdefault(name, []).append(op)
+    uses = Counter(op.layer for op in ops if op.kind is OpKind.LAYER)
+
+    def only_reader(name: str) -> Optional[Op]:
+        found = readers.get(name, [])
+        return found[0] if len(found) == 1 and name not in outputs else None
+
+    def link(op: Optional[Op]) -> Tuple[Optional[ChainLayer], Optional[Op]]:
+        """The layer that an operation is, if it can be scaled, and what reads it."""
+        if op is None or op.kind is not OpKind.LAYER or uses[op.layer] > 1:
+            return None, None
+        norm, following = "", only_reader(op.output)
+        if following is not None and following.kind is OpKind.BATCH_NORM:
+            norm, following = following.output, only_reader(following.output)
+        if following is not None and following.kind is OpKind.RELU:
+            following = only_reader(following.output)
+        found = ChainLayer(op.layer, norm)
+        return (found, following) if usable(found) else (None, None)
+
+    chains: List[Tuple[ChainLayer, ...]] = []
+    taken: List[str] = []
+    for op in ops:
+        chain: List[ChainLayer] = []
+        following: Optional[Op] = op
+        while True:
+            found, following = link(following)
+            if found is None or found.layer in taken:
+                break
+            chain.append(found)
+            taken.append(found.layer)
+        if len(chain) > 1:
+            chains.append(tuple(chain))
+    return chains
 
 
 def equalize_chain(weights: Sequence[np.ndarray], biases: Sequence[Optional[np.ndarray]],

@@ -11,9 +11,14 @@ from typing import NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from slimtrain.core.grid import Grid, round_half_away
+from slimtrain.core.grid import Grid, quantize, round_half_away
 
 Pair = Tuple[int, int]
+
+#: receptive fields of one layer that one batch adds to its moments
+FIELDS_PER_BATCH = 256
+#: the longest receptive field of which a square matrix is kept
+LONGEST_FIELD = 2304
 
 
 class InputMoments(NamedTuple):
@@ -22,6 +27,39 @@ class InputMoments(NamedTuple):
     samples: int = 0
     mean: Optional[np.ndarray] = None     #: float64 [groups, K]: E[x] of a receptive field, K = I / groups * kernel
     second: Optional[np.ndarray] = None   #: float64 [groups, K, K]: E[x x^T]
+
+    def covariance(self) -> np.ndarray:
+        """E[x x^T] - E[x] E[x]^T: what counts where the bias makes up for the mean of an error."""
+        assert self.mean is not None and self.second is not None, "nothing was seen yet"
+        return np.asarray(self.second - self.mean[:, :, None] * self.mean[:, None, :])
+
+
+class RoundedWeight(NamedTuple):
+    """A weight on its grid."""
+
+    levels: np.ndarray                  #: int32, the shape of the weight
+    correction: Optional[np.ndarray]    #: float64 [O], what to add to the bias; None for nothing
+
+
+def round_weight(weight: np.ndarray, scales: np.ndarray, grid: Grid, moments: InputMoments, *, adaptive: bool,
+                 correct_bias: bool) -> RoundedWeight:
+    """Put a weight on its grid, with the help of what the layer reads where there are moments of it.
+
+    Args:
+        weight: float [O, I / groups, ...].
+        scales: [O], positive.
+        grid: the integer levels.
+        moments: of the receptive fields of the layer.
+        adaptive: round by what the layer computes (:func:`adaptive_levels`), not to the nearest level.
+        correct_bias: give the outputs their mean back (:func:`bias_correction`).
+    """
+    levels = quantize(weight, scales, grid, axis=0)
+    if adaptive and moments.second is not None:
+        levels = adaptive_levels(weight, scales, grid, moments.covariance() if correct_bias else moments.second)
+    if not correct_bias or moments.mean is None:
+        return RoundedWeight(levels, None)
+    error = levels * np.reshape(scales, (-1,) + (1,) * (levels.ndim - 1)) - weight
+    return RoundedWeight(levels, bias_correction(error, moments.mean))
 
 
 def add_moments(seen: InputMoments, fields: np.ndarray) -> InputMoments:

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 
 from slimtrain.core import (
+    FIELDS_PER_BATCH,
+    LONGEST_FIELD,
     InputMoments,
     Observation,
     Quantizer,
@@ -24,10 +26,6 @@ from slimtrain.proto.onnx_rewrite import Rewritten
 logger = logging.getLogger(__name__)
 
 Arrays = Dict[str, np.ndarray]
-
-# receptive fields of one layer in one batch, and the largest of which a square matrix is kept
-_FIELDS = 256
-_LARGEST_FIELD = 2304
 
 
 class Observations(NamedTuple):
@@ -107,13 +105,13 @@ def _add_moments(moments: Dict[str, InputMoments], output: str, node: onnx.NodeP
                  x: np.ndarray) -> None:
     layer = structure.layers[output]
     weight = layer.levels.reshape(layer.levels.shape + (1,) * (x.ndim - layer.levels.ndim))
-    if weight[0].size > _LARGEST_FIELD:
+    if weight[0].size > LONGEST_FIELD:
         if output not in moments:
             logger.warning("layer %r reads %d values at once, more than %d: its rounding and bias are left alone",
-                           layer.name, weight[0].size, _LARGEST_FIELD)
+                           layer.name, weight[0].size, LONGEST_FIELD)
             moments[output] = InputMoments()
         return
     geometry = conv_geometry(node, weight.shape, x.shape[2:])
     fields = receptive_fields(as_image(x), geometry.kernel, geometry.strides, geometry.padding, geometry.dilation,
-                              layer.groups, _FIELDS)
+                              layer.groups, FIELDS_PER_BATCH)
     moments[output] = add_moments(moments.get(output, InputMoments()), fields)

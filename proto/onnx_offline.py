@@ -18,10 +18,8 @@ from slimtrain.core import (
     Quantizer,
     WeightMethod,
     activation_grid,
-    adaptive_levels,
-    bias_correction,
     calibrated_scale,
-    quantize,
+    round_weight,
     weight_grid,
     weight_scales,
 )
@@ -175,14 +173,12 @@ def _narrowed(grid: Grid, largest: Optional[int]) -> Grid:
 def _choose_weight(layer: FloatLayer, moments: InputMoments, settings: OfflineSettings) -> LayerWeight:
     grid = _narrowed(weight_grid(settings.bits), settings.largest_weight_level)
     scales = np.maximum(weight_scales(layer.weight, grid, settings.weight_method), smallest_weight_scale(layer))
-    levels = quantize(layer.weight, scales, grid, axis=0)
-    if settings.adaptive_rounding and moments.second is not None:
-        levels = adaptive_levels(layer.weight, scales, grid, moments.second)
+    rounded = round_weight(layer.weight, scales, grid, moments, adaptive=settings.adaptive_rounding,
+                           correct_bias=settings.correct_bias)
     bias = layer.bias
-    if settings.correct_bias and moments.mean is not None:
-        error = levels * scales.reshape((-1,) + (1,) * (levels.ndim - 1)) - layer.weight
-        bias = bias_correction(error, moments.mean) + (0.0 if bias is None else bias)
-    return LayerWeight(levels, scales, bias, grid)
+    if rounded.correction is not None:
+        bias = rounded.correction + (0.0 if bias is None else bias)
+    return LayerWeight(rounded.levels, scales, bias, grid)
 
 
 def _report(seen: Mapping[Quantizer, Observation],

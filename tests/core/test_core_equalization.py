@@ -5,16 +5,21 @@ import numpy as np
 import pytest
 
 from slimtrain.core import (
+    ChainLayer,
     InputMoments,
+    Op,
+    OpKind,
     adaptive_levels,
     add_moments,
     bias_correction,
+    equalizable_chains,
     equalize_chain,
     fake_quantize,
     max_abs_scale,
     output_error,
     quantize,
     receptive_fields,
+    round_weight,
     weight_grid,
 )
 
@@ -44,6 +49,24 @@ def test_an_equalised_chain_computes_the_same_with_equal_ranges():
     first, middle, last = (np.abs(weight) for weight in result.weights)
     np.testing.assert_allclose(first.max(axis=(1, 2, 3)), middle.max(axis=(1, 2, 3)), rtol=1e-2)
     np.testing.assert_allclose(middle.max(axis=(1, 2, 3)), last.max(axis=(0, 2, 3)), rtol=1e-2)
+
+
+def layer(name, source, output):
+    return Op(output, OpKind.LAYER, (source,), name)
+
+
+def test_chains_end_where_a_factor_cannot_pass():
+    ops = [layer("a", "x", "a"), Op("an", OpKind.BATCH_NORM, ("a",)), Op("ar", OpKind.RELU, ("an",)),
+           layer("b", "ar", "b"), layer("c", "b", "c"), Op("cr", OpKind.RELU6, ("c",)),       # a, b, c: then a ReLU6
+           layer("d", "cr", "d"), layer("e", "d", "e"), Op("sum", OpKind.COMBINE, ("e", "d")),  # d is read twice
+           layer("f", "sum", "f1"), layer("f", "f1", "f2"),                                  # f runs twice
+           layer("g", "f2", "g"), Op("gp", OpKind.MAX_POOL, ("g",)), layer("h", "gp", "h"), layer("i", "h", "y"),
+           layer("j", "y", "z")]                                                             # y leaves the network
+    found = equalizable_chains(ops, ["y", "z"], lambda link: True)
+    assert found == [(ChainLayer("a", "an"), ChainLayer("b", ""), ChainLayer("c", "")),
+                     (ChainLayer("h", ""), ChainLayer("i", ""))]
+    split = equalizable_chains(ops, ["y", "z"], lambda link: link.batch_norm != "an")
+    assert split == [(ChainLayer("b", ""), ChainLayer("c", "")), (ChainLayer("h", ""), ChainLayer("i", ""))]
 
 
 def test_dead_channels_stay_as_they_are():
@@ -129,6 +152,35 @@ def test_bias_correction_gives_outputs_their_mean_back():
         inputs = x[output // 2]
         corrected = inputs.dot(quantized[output]) + shift[output]
         assert corrected.mean() == pytest.approx(inputs.dot(weight[output]).mean())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_with_a_corrected_bias_has_the_least_variance(seed):
+    """The spread of each output's error over all samples, against the best of all 256 roundings."""
+    rng = np.random.RandomState(seed)
+    size, grid = 8, weight_grid(3)
+    x = rng.normal(size=(300, size)).dot(rng.normal(size=(size, size))) + 3 * rng.normal(size=size)
+    moments, weight = add_moments(InputMoments(), x[None]), rng.normal(size=(4, size))
+    scales = max_abs_scale(weight, grid, axis=0)
+    column = scales[:, None].astype(float)
+    found = round_weight(weight, scales, grid, moments, adaptive=True, correct_bias=True)
+    rest = x.dot((found.levels * column - weight).T) + found.correction
+    np.testing.assert_allclose(rest.mean(axis=0), 0, atol=1e-9)
+    nearest = x.dot((quantize(weight, scales, grid, axis=0) * column - weight).T).std(axis=0)
+    best = []
+    for row, scale in zip(weight, scales.astype(float)):
+        ends = [sorted({int(np.clip(f(value), grid.lower, grid.upper)) for f in (np.floor, np.ceil)})
+                for value in row / scale]
+        best.append(min(x.dot(np.array(choice) * scale - row).std() for choice in itertools.product(*ends)))
+    gained, possible = (nearest**2 - rest.std(axis=0)**2).sum(), (nearest**2 - np.square(best)).sum()
+    assert gained >= 0.5 * possible > 0
+
+
+def test_without_moments_weights_are_rounded_to_the_nearest_level():
+    weight, scales, grid = np.random.RandomState(0).normal(size=(3, 4)), np.full(3, 0.3, np.float32), weight_grid(4)
+    found = round_weight(weight, scales, grid, InputMoments(), adaptive=True, correct_bias=True)
+    np.testing.assert_array_equal(found.levels, quantize(weight, scales, grid, axis=0))
+    assert found.correction is None
 
 
 def test_moments_that_do_not_fit_are_refused():
