@@ -24,6 +24,8 @@ class Calibration(Simulation):
         choose: from a tensor and its integer grid to a scale.
     """
 
+    runs_activations = False
+
     def __init__(self, modules: Mapping[str, nn.Module], plan: Plan, choose: Callable[[Tensor, Grid], float]) -> None:
         super().__init__(modules, plan)
         self._choose = choose

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: below this many elements a kernel launch costs more than fusing saves, and compiling would cost seconds
 _COMPILE_FROM = 1 << 13
+#: the same once a network is large enough to have paid for compiling
+_COMPILE_ALL_FROM = 1 << 6
 #: a kernel counts its elements in 32 bits on a GPU
 _COMPILE_BELOW = 1 << 31
 #: others (fake, distributed, ...) bring operations of their own, which a kernel knows nothing of
@@ -31,102 +33,160 @@ _PLAIN = (Tensor, nn.Parameter)
 _NARROW = (torch.float16, torch.bfloat16)
 
 
-class Range(NamedTuple):
-    """Integer levels of a quantizer as float32 scalars on the device of the scale (tensors: no bits are recompiled)."""
+class Bounds(NamedTuple):
+    """What an activation cuts its input off at: ``relu`` is 0 and infinity."""
 
-    lower: Tensor
-    upper: Tensor
-    gradient_scale: float  #: 1 / sqrt(upper); the 1 / sqrt(N) of LSQ is applied per call
-    smallest: Tensor       #: of a scale the magnitude is used, but at least this: an optimizer may step below zero
+    low: float
+    high: float
+
+
+NO_BOUNDS = Bounds(-math.inf, math.inf)
+
+
+class Range(NamedTuple):
+    """What a quantizer does besides scaling, in one float32 tensor on its device: no number is compiled in."""
+
+    limits: Tensor               #: [6]: lowest and highest level, smallest scale, 1 / sqrt(highest level) for the
+                                 #: gradient (1 / sqrt(N) follows per call), bounds of an activation before
+    is_bounded: bool = False     #: whether there is such an activation
+    compiles_all: bool = False   #: belongs to a large network, for whose small tensors, too, compiling pays
+
+    @classmethod
+    def of(cls, lower: float, upper: float, smallest: float, bounds: Bounds = NO_BOUNDS, compiles_all: bool = False,
+           device: Optional[torch.device] = None) -> Range:
+        """Make a range; of a scale the magnitude is used, but at least ``smallest``: a step may lead below zero."""
+        limits = [lower, upper, smallest, upper ** -0.5, *bounds]
+        return cls(torch.tensor(limits, dtype=torch.float32, device=device), bounds != NO_BOUNDS, compiles_all)
+
+
+class Source(NamedTuple):
+    """What a tensor was quantized from, where that has no gradient of its own."""
+
+    x: Tensor
+    scale: Tensor
+    levels: Range
+
+
+def source_of(value: Tensor) -> Optional[Source]:
+    """The source of the result of :func:`fake_quantize`, if only the scale has a gradient."""
+    return getattr(value.grad_fn, "source", None)
+
+
+def source_gradient(source: Source, summed: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient of a scale.
+
+    Args:
+        source: of the quantized tensor.
+        summed: from the change of that tensor with its scale, of the same shape, to the sum of its products with the
+            gradient; both by any way.
+    """
+    x, scale, levels = source
+    limits = levels.limits.to(x.dtype).unbind()
+    _, change = _backward(torch.clamp(x, *limits[4:]), scale, limits, torch.ones_like(x))
+    return _scale_gradient(summed(change), scale, limits, x.numel())
 
 
 def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
-    """Quantize and dequantize ``x``.
+    """Quantize and dequantize ``x``, or what an activation makes of it.
 
     Args:
         x: float tensor of any shape and memory format.
         scale: float32; a scalar, or one per slice of the first dimension of ``x``.
-        levels: the integer range.
+        levels: the integer range, and the bounds of the activation.
 
     Returns:
         a tensor like ``x``; differentiable in ``x`` and ``scale``.
     """
     if x.dtype in _NARROW:  # a grid of 255 levels does not fit the 8 bits of bfloat16: compute wide, return narrow
         return fake_quantize(x.float(), scale, levels).to(x.dtype)
-    lower, upper, gradient_scale, smallest = levels
-    if x.dtype is not lower.dtype or x.dtype is not scale.dtype:
-        scale, lower, upper, smallest = (each.to(x.dtype) for each in (scale, lower, upper, smallest))
-    return _FakeQuantize.apply(x, scale, lower, upper, smallest, gradient_scale)
+    if x.dtype is not levels.limits.dtype or x.dtype is not scale.dtype:
+        scale, levels = scale.to(x.dtype), levels._replace(limits=levels.limits.to(x.dtype))
+    return _FakeQuantize.apply(x, scale, levels)
 
 
 def integer_levels(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
     """The integers behind ``fake_quantize(x, scale, levels)``, as floats; no gradient."""
-    return _levels(x / _broadcast(scale, x), levels.lower, levels.upper)
+    return _levels(x / _broadcast(scale, x), *levels.limits[:2])
 
 
 def _levels(t: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.clamp(torch.sign(t) * torch.floor(torch.abs(t) + 0.5), lower, upper)
 
 
-def _forward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor) -> Tensor:
+def _forward(x: Tensor, scale: Tensor, limits: Sequence[Tensor]) -> Tensor:
+    lower, upper, smallest, *_ = limits
     used = torch.maximum(torch.abs(scale), smallest)
     return _levels(x / used, lower, upper) * used
 
 
-def _forward_only(*tensors: Tensor) -> Tuple[Tensor]:
-    return (_forward(*tensors),)  # a kernel returns a tuple
-
-
-def _backward(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor,
-              grad: Tensor) -> Tuple[Tensor, Tensor]:
+def _backward(x: Tensor, scale: Tensor, limits: Sequence[Tensor], grad: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and, element by element, of the scale."""
+    lower, upper, smallest, *_ = limits
     t = x / torch.maximum(torch.abs(scale), smallest)
     level = _levels(t, lower, upper)
     inside = (t >= lower) & (t <= upper)
     return torch.where(inside, grad, 0.0), grad * torch.where(inside, level - t, level)
 
 
-def _backward_summed(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor,
-                     grad: Tensor) -> Tuple[Tensor, Tensor]:
-    dx, ds = _backward(x, scale, lower, upper, smallest, grad)
-    return dx, _through_magnitude(ds.sum(dim=-1, keepdim=True), scale, smallest)
+def _scale_gradient(summed: Tensor, scale: Tensor, limits: Sequence[Tensor], elements: int) -> Tensor:
+    """What a learned scale gets of the gradient of the scale that was used, which is its magnitude, summed up."""
+    _, _, smallest, gradient_scale, *_ = limits
+    signed = torch.where(torch.abs(scale) >= smallest, summed * torch.sgn(scale), 0.0)
+    return signed * gradient_scale * elements ** -0.5
 
 
-def _through_magnitude(grad: Tensor, scale: Tensor, smallest: Tensor) -> Tensor:
-    return torch.where(torch.abs(scale) >= smallest, grad * torch.sgn(scale), 0.0)
+def _forward_kernel(x: Tensor, scale: Tensor, packed: Tensor) -> Tuple[Tensor]:
+    limits = packed.unbind()
+    return (_forward(torch.clamp(x, *limits[4:]), scale, limits),)  # a kernel returns a tuple
+
+
+def _backward_kernel(x: Tensor, scale: Tensor, packed: Tensor, grad: Tensor) -> Tuple[Tensor, Tensor]:
+    limits = packed.unbind()
+    low, high = limits[4:]
+    dx, ds = _backward(torch.clamp(x, low, high), scale, limits, grad)
+    summed = ds.sum(dim=-1, keepdim=True)
+    return torch.where((x > low) & (x < high), dx, 0.0), _scale_gradient(summed, scale, limits, x.shape[1])
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, smallest: Tensor,
-                gradient_scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: Range) -> Tensor:
         scale = scale.clone()  # an averaged scale is overwritten by the next forward, which may come before backward
-        ctx.save_for_backward(x, scale, lower, upper, smallest)
-        ctx.gradient_scale = gradient_scale
-        if not _is_fused(x):
-            return _forward(x, _broadcast(scale, x), lower, upper, smallest)
-        kernel = _compiled(_forward_only, x.device.type)
+        ctx.save_for_backward(x, scale)
+        ctx.levels = levels
+        ctx.source = None if ctx.needs_input_grad[0] or scale.dim() else Source(x, scale, levels)
+        if not _is_fused(x, levels):
+            limits = levels.limits.unbind()
+            value = torch.clamp(x, *limits[4:]) if levels.is_bounded else x
+            return _forward(value, _broadcast(scale, x), limits)
         with torch._C.DisableTorchFunction():
-            dense = _dense(x, scale)
-            (y,) = kernel(*_matrices(scale, dense), lower, upper, smallest)
+            dense, rows = _dense(x, scale), scale.numel()
+            (y,) = _compiled(_forward_kernel, x.device.type)(_matrix(dense, rows), scale.view(rows, 1), levels.limits)
             return _shaped(y, dense)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
-        x, scale, lower, upper, smallest = ctx.saved_tensors
-        rows = scale.numel()
-        if _is_fused(x):
-            kernel = _compiled(_backward_summed, x.device.type)
-            with torch._C.DisableTorchFunction():
-                dense = _dense(x, scale)
-                grad = grads[0] if grads[0].stride() == dense.stride() else torch.empty_like(dense).copy_(grads[0])
-                matrix, column, gradient = _matrices(scale, dense, grad)
-                dx, ds = kernel(matrix, column, lower, upper, smallest, gradient)
-                dx = _shaped(dx, dense)
-        else:
-            dx, ds = _backward(x, _broadcast(scale, x), lower, upper, smallest, grads[0])
-            ds = _through_magnitude(ds.reshape(rows, -1).sum(dim=-1).reshape(scale.shape), scale, smallest)
-        elements = max(1, x.numel() // max(1, rows))
-        return dx, ds.reshape(scale.shape) * (ctx.gradient_scale / math.sqrt(elements)), None, None, None, None
+        x, scale = ctx.saved_tensors
+        levels, rows = ctx.levels, scale.numel()
+        if not _is_fused(x, levels):
+            return (*_eager_gradients(x, scale, levels, grads[0]), None)
+        with torch._C.DisableTorchFunction():
+            dense = _dense(x, scale)
+            grad = grads[0] if grads[0].stride() == dense.stride() else torch.empty_like(dense).copy_(grads[0])
+            dx, ds = _compiled(_backward_kernel, x.device.type)(
+                _matrix(dense, rows), scale.view(rows, 1), levels.limits, _matrix(grad, rows))
+            return dx.view_as(dense) if dense.is_contiguous() else _shaped(dx, dense), ds.view(scale.shape), None
+
+
+def _eager_gradients(x: Tensor, scale: Tensor, levels: Range, grad: Tensor) -> Tuple[Tensor, Tensor]:
+    limits = levels.limits.unbind()
+    low, high = limits[4:]
+    value = torch.clamp(x, low, high) if levels.is_bounded else x
+    dx, ds = _backward(value, _broadcast(scale, x), limits, grad)
+    if levels.is_bounded:
+        dx = torch.where((x > low) & (x < high), dx, 0.0)
+    summed = ds.reshape(scale.numel(), -1).sum(dim=-1).view(scale.shape)
+    return dx, _scale_gradient(summed, scale, limits, max(1, x.numel() // scale.numel()))
 
 
 def _broadcast(scale: Tensor, x: Tensor) -> Tensor:
@@ -148,14 +208,12 @@ def _dense(x: Tensor, scale: Tensor) -> Tensor:
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _matrices(scale: Tensor, dense: Tensor, *more: Tensor) -> Iterator[Tensor]:
-    """Tensors of one dense layout as ``(rows, elements per row)`` in memory order; the scale second, as a column."""
-    rows = scale.numel()
+def _matrix(dense: Tensor, rows: int) -> Tensor:
+    """A dense tensor as ``(rows, elements per row)`` in memory order."""
+    if dense.is_contiguous():
+        return dense.view(rows, -1)
     columns = dense.numel() // rows
-    yield dense.as_strided((rows, columns), (columns, 1))
-    yield scale.view(rows, 1)
-    for each in more:
-        yield each.as_strided((rows, columns), (columns, 1))
+    return dense.as_strided((rows, columns), (columns, 1))
 
 
 def _shaped(y: Tensor, dense: Tensor) -> Tensor:
@@ -163,8 +221,9 @@ def _shaped(y: Tensor, dense: Tensor) -> Tensor:
     return y.as_strided_(dense.shape, dense.stride())
 
 
-def _is_fused(x: Tensor) -> bool:
-    worth_it = _COMPILE_FROM <= x.numel() < _COMPILE_BELOW and x.dtype is torch.float32
+def _is_fused(x: Tensor, levels: Range) -> bool:
+    least = _COMPILE_ALL_FROM if levels.compiles_all else _COMPILE_FROM
+    worth_it = least <= x.numel() < _COMPILE_BELOW and x.dtype is torch.float32
     return worth_it and type(x) in _PLAIN and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
@@ -180,7 +239,6 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 
 def _examples(function: Callable[..., Any], rows: int, device: str) -> List[Tensor]:
-    limits = [torch.full((), limit, device=device) for limit in (-1.0, 1.0, 1e-6)]
     x, gradient = (torch.ones(rows, _COMPILE_FROM, device=device) for _ in range(2))
-    tensors = [x, torch.ones(rows, 1, device=device), *limits]
-    return tensors if function is _forward_only else [*tensors, gradient]
+    tensors = [x, torch.ones(rows, 1, device=device), Range.of(-1.0, 1.0, 1e-6, device=torch.device(device)).limits]
+    return tensors if function is _forward_kernel else [*tensors, gradient]

@@ -40,7 +40,9 @@ def compile_kernel(function: Callable[..., Any], examples: Sequence[Tensor]) -> 
             symbolic = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             kernel = compile_fx_inner(graph, symbolic)
             kernel(list(examples))  # a part of the machine's problems shows only here
-            return lambda *tensors: kernel(list(tensors))
+            # what it calls, without asking each time whether somebody records what it calls
+            call = getattr(kernel, "current_callable", None) or kernel
+            return lambda *tensors: call(list(tensors))
     finally:
         for mode in reversed(modes):
             torch._C._push_on_torch_function_stack(mode)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimtrain.callbacks.fake_quant import Range
+from slimtrain.callbacks.fake_quant import NO_BOUNDS, Bounds, Range
 from slimtrain.core import SMALLEST_SCALE, Grid, Role, activation_grid, mse_scale, weight_grid
 
 #: the attribute of a layer under which its scales hang
@@ -45,7 +45,6 @@ class LayerScales(nn.Module):
 
     weight: nn.Parameter      #: float32 [out_channels]
     activation: nn.Parameter  #: float32 [2]: input, output
-    levels: Tensor            #: float32 [3, 2]: lowest and highest level of weight, input, output
     keep: Optional[Tensor]    #: bool, like the weight: False stays zero
 
     def __init__(self, layer: nn.Module, bits: Bits, keep_zeros: bool = False) -> None:
@@ -60,10 +59,9 @@ class LayerScales(nn.Module):
         self.weight = nn.Parameter(torch.from_numpy(np.array(start, dtype=np.float32)).to(weight.device))
         self.activation = nn.Parameter(torch.ones(2, device=weight.device))
         self.sizes = ScaleSizes(1.0, 1.0)
-        self._ranges: Optional[Tuple[Tensor, List[Range]]] = None  #: the levels and what they were read as
-        self.register_buffer("levels", torch.empty(3, 2, device=weight.device), persistent=False)
+        self.compiles_all = False  #: see :class:`Range`
+        self._ranges: Dict[Tuple[int, Bounds], Range] = {}  #: by row of the levels
         self.register_buffer("keep", weight.detach() != 0 if keep_zeros else None, persistent=False)
-        self._write_levels()
 
     def grid(self, role: Role) -> Grid:
         """Integer levels of the layer's input or output."""
@@ -72,12 +70,12 @@ class LayerScales(nn.Module):
     def set_grid(self, role: Role, grid: Grid) -> None:
         """Choose the integer levels of the layer's input or output."""
         self._grids[role] = grid
-        self._write_levels()
+        self._ranges = {}
 
     def set_weight_grid(self, grid: Grid) -> None:
         """Choose the integer levels of the weights."""
         self.weight_grid = grid
-        self._write_levels()
+        self._ranges = {}
 
     def measure_sizes(self, roles: Collection[Role]) -> None:
         """Take the scales as they are for their size; of the activations, those of ``roles``, which are in use."""
@@ -100,9 +98,9 @@ class LayerScales(nn.Module):
         """Integer range of the weights."""
         return self._range(0)
 
-    def activation_range(self, role: Role) -> Range:
-        """Integer range of the input or output."""
-        return self._range(1 + _POSITION[role])
+    def activation_range(self, role: Role, bounds: Bounds = NO_BOUNDS) -> Range:
+        """Integer range of the input or output, behind an activation with these bounds."""
+        return self._range(1 + _POSITION[role], bounds)
 
     def rounded(self, nearest: Tensor, weight: Tensor) -> Tensor:
         """The integer levels of a weight that go to the device, given the nearest ones."""
@@ -117,22 +115,17 @@ class LayerScales(nn.Module):
         with torch.no_grad():
             self.activation[_POSITION[role]] = scale
 
-    def _range(self, row: int) -> Range:
-        levels = self.levels
-        if self._ranges is None or self._ranges[0] is not levels:  # none yet, or the module moved to another device
+    def _range(self, row: int, bounds: Bounds = NO_BOUNDS) -> Range:
+        known = self._ranges.get((row, bounds))
+        if known is None:
+            grid = self._all_grids()[row]
             with torch.inference_mode(False):  # kept for training, whoever asks first
-                smallest = levels.new_tensor(SMALLEST_SCALE)
-                self._ranges = levels, [Range(levels[index, 0], levels[index, 1], float(grid.upper) ** -0.5, smallest)
-                                        for index, grid in enumerate(self._all_grids())]
-        return self._ranges[1][row]
+                known = Range.of(grid.lower, grid.upper, SMALLEST_SCALE, bounds, self.compiles_all, self.weight.device)
+            self._ranges[(row, bounds)] = known
+        return known
 
     def _all_grids(self) -> List[Grid]:
         return [self.weight_grid, self._grids[Role.INPUT], self._grids[Role.OUTPUT]]
-
-    def _write_levels(self) -> None:
-        self._ranges = None
-        grids = self._all_grids()
-        self.levels.copy_(torch.tensor([[grid.lower, grid.upper] for grid in grids], dtype=torch.float32))
 
     # nothing of this module belongs to the user's state_dict
 
@@ -143,6 +136,7 @@ class LayerScales(nn.Module):
         pass
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self._ranges = {}  # they lie on the device of the scales
         # ``module.half()`` moves scales between devices, but does not narrow them: a bfloat16 scale has 8 bits left
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 

@@ -42,6 +42,8 @@ class Observing(Simulation):
         seen: what was seen before.
     """
 
+    runs_activations = False
+
     def __init__(self, modules: Mapping[str, nn.Module], plan: Plan, method: ActivationMethod,
                  observing: Callable[[], bool] = lambda: True, seen: Optional[Mapping[Quantizer, Observation]] = None
                  ) -> None:

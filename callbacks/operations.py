@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import numbers
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from torch import Tensor
 
@@ -54,6 +54,11 @@ def reads_values(function: Callable[..., Any]) -> bool:
     if getattr(function, "__name__", "") in ("__get__", "__set__", "__delete__"):
         return name in _KIND_OF or name in ("H", "mH", "real", "data")
     return name not in _METADATA
+
+
+def counts(function: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a torch function only adds to an integer counter, as every batch norm does."""
+    return function is Tensor.add_ and isinstance(args[0], Tensor) and not args[0].is_floating_point()
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -105,6 +110,12 @@ def _clip_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> OpK
     return OpKind.OTHER
 
 
+def works_in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an activation writes its result into its input."""
+    name = function_name(function)
+    return name.endswith("_") or bool(argument(args, kwargs, 3 if name == "hardtanh" else 1, "inplace", False))
+
+
 def _has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return any(isinstance(value, numbers.Real) and value < 0 for value in (*args, *kwargs.values()))
 
@@ -124,11 +135,15 @@ def tensors_in(values: Any) -> List[Tensor]:
 def _collect(value: Any, found: List[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            _collect(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
+    elif isinstance(value, (tuple, list, dict)):
+        _collect_items(value.values() if isinstance(value, dict) else value, found)
+
+
+def _collect_items(items: Iterable[Any], found: List[Tensor]) -> None:
+    for item in items:
+        if isinstance(item, Tensor):  # before it is a call: most are, and this runs for every operation of a model
+            found.append(item)
+        elif isinstance(item, (tuple, list, dict)):
             _collect(item, found)
 
 

@@ -7,6 +7,7 @@ value to the neighbouring level now and then): what is validated is what is depl
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Dict, Mapping, Optional, Set, Tuple
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from slimtrain.callbacks.deployment import IntegerLayer, integer_layer, output_grid
 from slimtrain.callbacks.device import input_levels, run_on_device
-from slimtrain.callbacks.fake_quant import fake_quantize
+from slimtrain.callbacks.fake_quant import Bounds, fake_quantize, source_of
+from slimtrain.callbacks.input_convolution import convolve_input, geometry_of
 from slimtrain.callbacks.layer_scales import LayerScales, scales_of
 from slimtrain.callbacks.layers import is_depthwise
 from slimtrain.callbacks.marks import Mark
-from slimtrain.callbacks.operations import argument, map_tensors
+from slimtrain.callbacks.operations import argument, map_tensors, works_in_place
 from slimtrain.callbacks.recording import Plan, PlannedCall
 from slimtrain.callbacks.tracking import Call, Handler, Tracker
 from slimtrain.core import SMALLEST_SCALE, Grid, OpKind, Quantizer, Role
@@ -26,6 +28,7 @@ from slimtrain.core import SMALLEST_SCALE, Grid, OpKind, Quantizer, Role
 logger = logging.getLogger(__name__)
 
 _MOVES = (OpKind.VIEW, OpKind.MAX_POOL, OpKind.CONCAT)
+_BOUNDS = {OpKind.RELU: Bounds(0.0, math.inf), OpKind.RELU6: Bounds(0.0, 6.0)}
 
 
 class Simulation(Handler):
@@ -39,6 +42,9 @@ class Simulation(Handler):
         plan: where they are quantized.
     """
 
+    #: whether an activation may run inside the quantization of its result; not where that result has to be seen
+    runs_activations = True
+
     def __init__(self, modules: Mapping[str, nn.Module], plan: Plan) -> None:
         self.plan = plan
         self._modules = modules
@@ -49,6 +55,7 @@ class Simulation(Handler):
         self._unplanned: Set[str] = set()
         self._exact = False
         self._latest_exact: Optional[Tensor] = None
+        self._quantized_already: Optional[Tensor] = None  #: what the operation that runs made, on its grid
 
     def begin(self, tracker: Tracker) -> None:
         self._exact = not tracker.root.training
@@ -65,14 +72,28 @@ class Simulation(Handler):
     def execute(self, call: Call, tracker: Tracker) -> Any:
         if call.kind is OpKind.LAYER:
             return self._run_layer(call, tracker)
-        waiting = next((mark for mark in call.marks if mark is not None and mark.open_layer), None)
-        if waiting is None:
-            return call.run()
-        if call.name not in self.plan.fused:
-            return self._settle(call, tracker).run()
-        if waiting.exact is not None and not torch.is_grad_enabled():
-            return call.inputs[0]  # the exact value has this operation in it already
+        waiting = None
+        for mark in call.marks:
+            if mark is not None and mark.open_layer:
+                waiting = mark
+                break
+        if waiting is not None:
+            if call.name not in self.plan.fused:
+                return self._settle(call, tracker).run()
+            if waiting.exact is not None and not torch.is_grad_enabled():
+                return call.inputs[0]  # the exact value has this operation in it already
+        if self.runs_activations and not self._exact and call.kind in _BOUNDS and call.name in self.plan.owners:
+            return self._activated(call, self.plan.owners[call.name], tracker)
         return call.run()
+
+    def _activated(self, call: Call, owner: Quantizer, tracker: Tracker) -> Tensor:
+        """Run an activation and quantize what it makes, in one pass over memory; autograd keeps one tensor less."""
+        source, scales = call.inputs[0], scales_of(self._modules[owner.layer])
+        levels = scales.activation_range(owner.role, _BOUNDS[call.kind])
+        self._quantized_already = result = fake_quantize(source, scales.learned_activation(owner.role), levels)
+        if works_in_place(call.function, call.args, call.kwargs):
+            tracker.replace(source, result)
+        return result
 
     def produced(self, call: Call, value: Tensor, tracker: Tracker) -> Tensor:
         mark = tracker.mark_of(value)
@@ -116,6 +137,11 @@ class Simulation(Handler):
 
     def compute(self, call: Call, owner: Quantizer, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """Compute a layer from an input of ``owner`` and weights that lie on their grids."""
+        source = source_of(x) if torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) else None
+        geometry = None if source is None else geometry_of(call)
+        if source is not None and geometry is not None:
+            scale = scales_of(self._modules[owner.layer]).learned_activation(owner.role)
+            return convolve_input(x, source, scale.to(x.dtype), weight, bias, geometry)
         return call.function(x, weight, bias, *call.args[3:], **_options(call))
 
     def computed(self, layer: str, owner: Quantizer, result: Tensor, bias: Optional[Tensor]) -> None:
@@ -123,8 +149,8 @@ class Simulation(Handler):
 
     def _device_value(self, call: Call, owner: Quantizer, x: Tensor) -> Optional[Tensor]:
         """The layer's fused output as the device computes it; None in training and where there is no plan."""
-        planned = self._calls.get((call.layer, owner))
-        if not self._exact or planned is None:
+        planned = self._calls.get((call.layer, owner)) if self._exact else None
+        if planned is None:
             return None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             scales = {name: scales_of(self._modules[name])
@@ -178,7 +204,9 @@ class Simulation(Handler):
 
     def _quantized(self, value: Tensor, owner: Quantizer, mark: Mark, tracker: Tracker) -> Tensor:
         scales = scales_of(self._modules[owner.layer])
-        if mark.exact is not None and not torch.is_grad_enabled():
+        if value is self._quantized_already:
+            result, self._quantized_already = value, None
+        elif mark.exact is not None and not torch.is_grad_enabled():
             result = mark.exact
         else:
             result = self.quantize(value, owner, scales)

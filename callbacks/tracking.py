@@ -22,6 +22,7 @@ from slimtrain.callbacks.marks import Mark, Marks
 from slimtrain.callbacks.operations import (
     LAYER_FUNCTIONS,
     argument,
+    counts,
     function_name,
     map_tensors,
     operation_kind,
@@ -124,7 +125,7 @@ class Tracker(TorchFunctionMode):
         """Enter a module; True when a new frame was opened (a layer inside a run needs none)."""
         if self._frames and path == "" and self._caller is not None and not _is_running(self._caller):
             self.reset()  # the latest run was interrupted: torch calls no hook on a KeyboardInterrupt
-        if self._frames and path in self.layers:
+        if self.is_inside(path):
             return False
         if not self._frames:
             self._begin(module, path)
@@ -172,6 +173,10 @@ class Tracker(TorchFunctionMode):
         """Whether the model is being run."""
         return bool(self._frames)
 
+    def is_inside(self, path: str) -> bool:
+        """Whether a module is a layer that a running module calls: what it does is seen as one operation."""
+        return bool(self._frames) and path in self.layers
+
     @property
     def repeating(self) -> bool:
         """Whether the present or latest run repeats a part of an earlier one (activation checkpointing)."""
@@ -207,6 +212,10 @@ class Tracker(TorchFunctionMode):
 
         return map_tensors(enter, value)
 
+    def leave(self, value: Tensor) -> Tensor:
+        """A tensor leaves the model; return what the caller shall see."""
+        return self.handler.leave(self._latest(value), self)
+
     # -- marks
 
     def mark_of(self, value: Tensor) -> Optional[Mark]:
@@ -220,6 +229,13 @@ class Tracker(TorchFunctionMode):
         self._marks.set(value, mark)
         return mark
 
+    def replace(self, value: Tensor, result: Tensor) -> None:
+        """Let whoever reads a tensor from now on see another, because an operation changed it in place."""
+        mark = self.mark_of(value)
+        if mark is not None:
+            mark.replacement = result
+            self._replaced = True
+
     def _latest(self, value: Tensor) -> Tensor:
         """The tensor itself, or what a handler put in the place of one that was changed in place."""
         mark = self.mark_of(value)
@@ -232,7 +248,7 @@ class Tracker(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Tuple[Any, ...] = (),
                            kwargs: Optional[Dict[str, Any]] = None) -> Any:
         kwargs = kwargs or {}
-        if not self._frames or not reads_values(func):
+        if not self._frames or not reads_values(func) or counts(func, args):
             return func(*args, **kwargs)
         if self._replaced:
             args, kwargs = map_tensors(self._latest, args), map_tensors(self._latest, kwargs)
@@ -249,25 +265,28 @@ class Tracker(TorchFunctionMode):
         return value
 
     def _produced(self, call: Call, value: Tensor) -> Tensor:
-        mark = self.mark(value, call.name)
+        self.mark(value, call.name)
         result = self.handler.produced(call, value, self)
         if result is not value and any(value is tensor for tensor in call.inputs):
-            mark.replacement = result
-            self._replaced = True
+            self.replace(value, result)
         return result
 
     def _call(self, func: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Call:
-        tensors = tensors_in(args) + tensors_in(kwargs)
         name = function_name(func)
         layer = self._layer_of(args, kwargs) if name in LAYER_FUNCTIONS else ""
         if layer:
-            mark = self.mark_of(tensors[0])
-            return Call(self._unique(layer), OpKind.LAYER, func, args, kwargs, (tensors[0],), (mark,), layer)
-        marked = [(tensor, mark) for tensor, mark in ((each, self._marks.get(each)) for each in tensors)
-                  if mark is not None]
-        inputs, marks = tuple(tensor for tensor, _ in marked), tuple(mark for _, mark in marked)
-        kind = operation_kind(name, args, kwargs, constants=len(inputs) < len(tensors))
-        return Call(self._unique(self._describe(name, marks)), kind, func, args, kwargs, inputs, marks)
+            x = argument(args, kwargs, 0, "input")
+            return Call(self._unique(layer), OpKind.LAYER, func, args, kwargs, (x,), (self._marks.get(x),), layer)
+        inputs, marks, constants = [], [], False
+        for tensor in tensors_in((args, kwargs)) if kwargs else tensors_in(args):
+            mark = self._marks.get(tensor)
+            if mark is None:
+                constants = True
+            else:
+                inputs.append(tensor)
+                marks.append(mark)
+        kind = operation_kind(name, args, kwargs, constants)
+        return Call(self._unique(self._describe(name, marks)), kind, func, args, kwargs, tuple(inputs), tuple(marks))
 
     def _layer_of(self, args: Tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         names = self._by_weight.get(id(weight_of(args, kwargs)), [])
@@ -276,11 +295,11 @@ class Tracker(TorchFunctionMode):
             names = [name for name in names if self.layers[name].bias is bias] or names
         return names[0] if names else ""
 
-    def _describe(self, name: str, marks: Sequence[Optional[Mark]]) -> str:
+    def _describe(self, name: str, marks: Sequence[Mark]) -> str:
         frame = self._frames[-1]
         sources = [frame.arguments.get(mark.serial)
                    or (mark.name.rpartition("/")[2] if mark.serial > frame.start else "outside")
-                   for mark in marks if mark is not None]
+                   for mark in marks]
         text = "%s(%s)" % (name, ",".join(sources))
         if len(text) > _LONGEST_NAME:
             text = "%s(#%s)" % (name, hashlib.blake2s(text.encode(), digest_size=8).hexdigest())
@@ -309,6 +328,8 @@ class _Before(_TrackerHook):
     """Forward pre-hook: opens the frame of a module."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Optional[Tuple[Any, Any]]:
+        if self.path and self.tracker.is_inside(self.path):
+            return None
         if torch.compiler.is_compiling():
             raise RuntimeError("a model under quantization training cannot be compiled as a whole (its fake "
                                "quantization already is): train the uncompiled model, compile the exported one")
@@ -327,7 +348,7 @@ class _After(_TrackerHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self.tracker.close(module) or output is None or self.tracker.repeating:
             return None
-        result = map_tensors(lambda value: self.tracker.handler.leave(value, self.tracker), output)
+        result = map_tensors(self.tracker.leave, output)
         self.tracker.handler.end(self.tracker)
         return result
 

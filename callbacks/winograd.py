@@ -195,8 +195,7 @@ def _matrices(form: WinogradForm, dtype: torch.dtype, device: torch.device) -> _
 @functools.lru_cache(maxsize=8)
 def _transformed_range(device: torch.device) -> Range:
     with torch.inference_mode(False):
-        largest = torch.tensor(float(LARGEST_TRANSFORMED), device=device)
-        return Range(-largest, largest, LARGEST_TRANSFORMED ** -0.5, torch.zeros_like(largest))
+        return Range.of(-LARGEST_TRANSFORMED, LARGEST_TRANSFORMED, 0.0, device=device)
 
 
 def _levels(values: Tensor, ratios: Tensor) -> Tensor:

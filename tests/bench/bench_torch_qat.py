@@ -60,7 +60,7 @@ def operations():
     torch.manual_seed(0)
     x, gradient = torch.randn(ELEMENTS, requires_grad=True), torch.randn(ELEMENTS)
     scale = torch.tensor(0.02, requires_grad=True)
-    levels = Range(torch.tensor(-127.0), torch.tensor(127.0), 127.0 ** -0.5, torch.tensor(1e-6))
+    levels = Range.of(-127, 127, 1e-6)
 
     def run(function):
         x.grad = scale.grad = None

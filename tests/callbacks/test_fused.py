@@ -10,7 +10,7 @@ from torch import nn
 from slimtrain.callbacks import LSQQuantizer, fake_quant
 from slimtrain.callbacks.fake_quant import Range, fake_quantize
 
-LEVELS = Range(torch.tensor(-7.0), torch.tensor(7.0), 7.0 ** -0.5, torch.tensor(1e-6))
+LEVELS = Range.of(-7, 7, 1e-6)
 COMPILER = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs g++ and Python's headers")
 
@@ -31,10 +31,10 @@ def test_compiled_numbers_are_the_eager_ones(rows, layout, monkeypatch):
     x, gradient = (torch.randn(32, 16, 5, 5, generator=generator).contiguous(memory_format=layout) for _ in range(2))
     x[0, 0] = torch.arange(-12, 13).reshape(5, 5) * 0.25  # halves of steps, and both ends
     scale = torch.linspace(0.2, 0.4, rows) if rows else torch.tensor(0.5)
-    assert fake_quant._is_fused(x)
+    assert fake_quant._is_fused(x, LEVELS)
     fused = quantized(x, scale, gradient)
     monkeypatch.setattr(fake_quant, "_COMPILE_FROM", x.numel() + 1)
-    assert not fake_quant._is_fused(x)
+    assert not fake_quant._is_fused(x, LEVELS)
     eager = quantized(x, scale, gradient)
     assert torch.equal(fused[0], eager[0])
     assert torch.equal(fused[1], eager[1])
@@ -78,8 +78,8 @@ def test_fused_inside_a_model_without_compiling_again():
         model(x)
         torch._dynamo.utils.counters.clear()
         model(x).sum().backward()
-        assert fake_quant._compiled(fake_quant._forward_only, "cpu") is not fake_quant._forward_only
-        assert fake_quant._compiled(fake_quant._backward_summed, "cpu") is not fake_quant._backward_summed
+        assert fake_quant._compiled(fake_quant._forward_kernel, "cpu") is not fake_quant._forward_kernel
+        assert fake_quant._compiled(fake_quant._backward_kernel, "cpu") is not fake_quant._backward_kernel
     assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")
 
 
