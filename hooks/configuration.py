@@ -68,6 +68,7 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
         arguments = {**common, **stage.arguments(), **_start(stage, number == 0, init_checkpoint, checkpoint_dir)}
         if stage.KIND is Kind.PRUNE:
             arguments["prune_ratio_result_file"] = arguments.pop("result_file")  # the seed's name for TensorFlow
+        if stage.KIND in (Kind.PRUNE, Kind.QUANTIZE):
             arguments.update(_moments(stage, train_steps, epoch_steps))
         if isinstance(stage, (Quantize, OverParameterize)):
             arguments["is_training"] = is_training
@@ -79,7 +80,7 @@ def from_config(path_or_text: Union[PathLike, Pipeline], *, output_names: Sequen
 
 def _moments(stage: Stage, train_steps: Optional[int], epoch_steps: Optional[float]) -> Dict[str, Any]:
     """A hook knows global steps and parts of the training; epochs become steps here."""
-    moments = {name: getattr(stage, name) for name in ("begin", "end")}
+    moments = {name: getattr(stage, name) for name in ("begin", "end") if hasattr(stage, name)}
     return {"train_steps": train_steps, **{
         name: step_of(moment, 0, epoch_steps) if isinstance(moment, str) else moment
         for name, moment in moments.items()}}

@@ -1,6 +1,7 @@
 """Quantization by range tracking: activations keep a moving average of their range, weights their present one."""
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
@@ -77,8 +78,12 @@ class EMAQuantizer(GraphQuantizer):
         return Scale(used, variable.read_value(), flag.read_value())
 
     def _when_tracking(self, flag: Any, track: Callable[[], tf.Tensor]) -> tf.Tensor:
-        """Track in training, and at the very first run."""
-        if self.only_trains:
+        """Track in training, and at the very first run; in the window alone, where there is one."""
+        rests = [] if self.only_trains else [tf.logical_and(flag.read_value(), tf.logical_not(self.is_training))]
+        if self.window.frozen is not None:
+            rests.append(tf.logical_and(flag.read_value(), self.window.frozen.read_value()))
+        if self.waiting is not None:
+            rests.append(self.waiting)
+        if not rests:
             return track()
-        return tf.cond(tf.logical_and(flag.read_value(), tf.logical_not(self.is_training)),
-                       lambda: tf.constant(True), track)
+        return tf.cond(functools.reduce(tf.logical_or, rests), lambda: tf.constant(True), track)

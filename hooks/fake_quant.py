@@ -28,7 +28,7 @@ def levels_of(grid: Grid, positive: bool = False) -> Levels:
 
 
 def fake_quantize(x: tf.Tensor, scale: tf.Tensor, levels: Levels, axis: Optional[int] = None,
-                  learned: bool = True) -> tf.Tensor:
+                  learned: bool = True, waiting: Optional[tf.Tensor] = None) -> tf.Tensor:
     """Quantize and dequantize ``x``.
 
     Args:
@@ -37,6 +37,7 @@ def fake_quantize(x: tf.Tensor, scale: tf.Tensor, levels: Levels, axis: Optional
         levels: the integer range.
         axis: channel axis of ``x``; None for one scale.
         learned: give the scale LSQ's gradient; otherwise it has none.
+        waiting: bool; as long as it is true, ``x`` is passed on as it is.
 
     Returns:
         a tensor of the shape of ``x``.
@@ -46,25 +47,27 @@ def fake_quantize(x: tf.Tensor, scale: tf.Tensor, levels: Levels, axis: Optional
         spread = tf.stop_gradient(spread)
 
     @tf.custom_gradient
-    def quantizer(values: tf.Tensor, step: tf.Tensor, lower: tf.Tensor, upper: tf.Tensor) -> Tuple[tf.Tensor, Callable]:
+    def quantizer(values: tf.Tensor, step: tf.Tensor, lower: tf.Tensor, upper: tf.Tensor,
+                  *off: tf.Tensor) -> Tuple[tf.Tensor, Callable]:
         t = values / step
         inner = tf.minimum(t, upper) if levels.positive else tf.raw_ops.ClipByValue(
             t=t, clip_value_min=lower, clip_value_max=upper)
         level = round_half_away(inner, levels.positive)
 
         def gradient(dy: tf.Tensor) -> List[Optional[tf.Tensor]]:
-            inside = tf.equal(t, inner)
+            inside = tf.logical_or(tf.equal(t, inner), *off) if off else tf.equal(t, inner)
             zero = tf.zeros_like(dy)
             dx = tf.where(inside, dy, zero)
             if not learned:
-                return [dx, None, None, None]
+                return [dx, None, None, None] + [None] * len(off)
             slope = tf.where(inside, level - t, level)
-            return [dx, _scale_gradient(dy * slope, step, upper), None, None]
+            ds = _scale_gradient(dy * slope, step, upper)
+            return [dx, tf.where(off[0], tf.zeros_like(ds), ds) if off else ds, None, None] + [None] * len(off)
 
-        return level * step, gradient
+        return tf.where(off[0], values, level * step) if off else level * step, gradient
 
     lower, upper = (tf.cast(value, x.dtype.base_dtype) for value in (levels.lower, levels.upper))
-    result = quantizer(x, spread, lower, upper)
+    result = quantizer(x, spread, lower, upper, *([] if waiting is None else [waiting]))
     result.set_shape(x.shape)
     return result
 

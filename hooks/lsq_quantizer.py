@@ -49,8 +49,8 @@ class LSQQuantizer(GraphQuantizer):
     def weight_scale(self, layer: Layer, kernel: tf.Tensor) -> Scale:
         axis, grid = layer.channel_axis, self.weight_grid
         return started_scale("weight_scale", [layer.channels], kernel, kernel,
-                             lambda values: mse_scale(values, grid, axis), trainable=True)
+                             lambda values: mse_scale(values, grid, axis), self.waiting)
 
     def activation_scale(self, owner: Owner, tensor: tf.Tensor, grid: Grid) -> Scale:
         return started_scale(owner.role.value + "_scale", [], self.layers[owner.layer].kernel, tensor,
-                             lambda values: np.asarray(mse_scale(values, grid)), trainable=True)
+                             lambda values: np.asarray(mse_scale(values, grid)), self.waiting)

@@ -65,6 +65,8 @@ class OAQQuantizer(LSQQuantizer):
     def update(self, sess: tf.Session) -> None:
         """Narrow the clamps of layers whose sums overflowed since the last call."""
         super().update(sess)
+        if self.window.frozen is not None and sess.run(self.window.frozen):
+            return  # a narrower clamp would change the scales; a layer that overflows now is deployed with 32 bits
         peaks, levels, flags = sess.run([self._peaks, self._clamps, self._fits])
         clamps = [Clamp(int(level), bool(flag)) for level, flag in zip(levels, flags)]
         narrowed = [narrowed_clamp(clamp, value, self.min_clamp_value, self._largest)
@@ -128,7 +130,9 @@ class OAQQuantizer(LSQQuantizer):
         variable = self._peak_variables[list(self.layers).index(layer.name)]
         call = next(call for call in self._placement.calls if call.layer == layer.name)
         step = self._scales[call.input].used * self._weight_scales[layer.name].used
-        now = peak(tf.stop_gradient(result), tf.stop_gradient(step)) * tf.cast(self.is_training, tf.float32)
+        watched = self.is_training if self.waiting is None else tf.logical_and(
+            self.is_training, tf.logical_not(self.waiting))
+        now = peak(tf.stop_gradient(result), tf.stop_gradient(step)) * tf.cast(watched, tf.float32)
         return tf.assign(variable, tf.maximum(variable.read_value(), now)).op
 
     def current_grids(self, sess: tf.Session) -> Grids:

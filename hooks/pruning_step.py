@@ -61,7 +61,9 @@ def add_to_step(pruner: Pruner, sensors: Optional[Sensors], window: int, decides
         RuntimeError: there is no global step, or no operation that counts it and trains a prunable weight.
     """
     updates = find_updates(pruner.graph)
-    count, trained = _training_step(pruner, updates)
+    count = counting_operation(pruner.graph, set(pruner.weights), updates)
+    before = everything_before(count)
+    trained = {name for name in pruner.keeps if name in updates and updates[name].op.name in before}
     with tf.name_scope(SCOPE + "/step/"), tf.control_dependencies([updates[name].op for name in sorted(trained)]):
         step = tf.cast(tf.train.get_global_step(pruner.graph).read_value(), tf.int64)
         done = [tf.no_op()]
@@ -102,28 +104,38 @@ def events_due(schedule: PruningSchedule, step: tf.Tensor) -> tf.Tensor:
     return tf.clip_by_value(passed, np.int64(0), np.int64(schedule.events))
 
 
-def _training_step(pruner: Pruner, updates: Dict[str, Update]) -> Any:
-    """The operation that counts the global step after training most of the weights, and what it trains."""
-    step = tf.train.get_global_step(pruner.graph)
+def counting_operation(graph: tf.Graph, variables: Set[str], updates: Dict[str, Update]) -> tf.Operation:
+    """The operation that counts the global step after training most of these variables.
+
+    Args:
+        graph: with its optimizer.
+        variables: names of variables that are to be changed once more in the step.
+        updates: of the graph, see :func:`find_updates`.
+
+    Raises:
+        RuntimeError: there is no global step, or no operation that counts it and trains one of the variables.
+    """
+    step = tf.train.get_global_step(graph)
     if step is None:
         raise RuntimeError("the graph has no global step: call tf.train.get_or_create_global_step() and give it to the "
                            "optimizer")
-    for name in pruner.weights:
+    for name in sorted(variables):
         if name in updates and inside_control_flow(updates[name].op):
-            raise RuntimeError("the update of %r lies inside a cond or while_loop, where pruning cannot follow" % name)
-    best: Any = (None, set())
-    for op in pruner.graph.get_operations():
+            raise RuntimeError("the update of %r lies inside a cond or while_loop, which cannot be followed" % name)
+    best: Any = (None, 0)
+    for op in graph.get_operations():
         if op.type in _COUNTS and ordered_variable(op.inputs[0]) == step.op.name:
-            before = _everything_before(op)
-            trained = {name for name in pruner.keeps if name in updates and updates[name].op.name in before}
-            best = max(best, (op, trained), key=lambda found: len(found[1] & set(pruner.weights)))
-    if not best[1] & set(pruner.weights):
-        raise RuntimeError("no operation trains the weights to prune and then counts the global step: give global_step "
-                           "to the minimize or apply_gradients of one of TensorFlow's version 1 optimizers")
-    return best
+            before = everything_before(op)
+            trained = sum(1 for name in variables if name in updates and updates[name].op.name in before)
+            best = max(best, (op, trained), key=lambda found: found[1])
+    if not best[1]:
+        raise RuntimeError("no operation trains %s and then counts the global step: give global_step to the minimize "
+                           "or apply_gradients of one of TensorFlow's version 1 optimizers" % ", ".join(
+                               sorted(variables)[:3]))
+    return best[0]
 
 
-def _everything_before(op: tf.Operation) -> Set[str]:
+def everything_before(op: tf.Operation) -> Set[str]:
     """Names of the operations that run before ``op``."""
     seen: Set[str] = set()
     waiting = [op]

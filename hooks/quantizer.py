@@ -34,8 +34,9 @@ from slimtrain.hooks.layers import Layer, LayerKind
 from slimtrain.hooks.operations import Network, leaves, read_network, translate
 from slimtrain.hooks.rewriting import Rewriting, int8_safe
 from slimtrain.hooks.simulation import InputGrid, simulate_network
-from slimtrain.hooks.state import SCOPE, Scale, make_variable
+from slimtrain.hooks.state import SCOPE, Scale, make_variable, unless
 from slimtrain.hooks.strip import STATE_PLACEHOLDER, is_quantized, remember_deployed, strip_MNN_QAT_ops
+from slimtrain.hooks.window import make_window
 from slimtrain.proto import QuantMethod
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,8 @@ class GraphQuantizer:
             self._inner = ancestors(layer.input.op for layer in self.layers.values())
             self.inputs.update(self._find_inputs())
             self.clean = self.graph.as_graph_def()
+            self.window = make_window(self.graph, next(iter(self.layers.values())).kernel)
+            self.waiting = self.window.waiting()  #: bool tensor, while the network is trained in float; or None
             self._is_training = self._state_tensor()
             self._grids = self._choose_grids()
             self._scales: Dict[Owner, Scale] = {}
@@ -341,10 +344,11 @@ class GraphQuantizer:
             scale = self.weight_scale(layer, kernel)
             self._kernels[layer.name] = kernel
             self._weight_scales[layer.name] = scale
-        return fake_quantize(kernel, scale.used, self.weight_levels(layer), layer.channel_axis, self.learned)
+        return fake_quantize(kernel, scale.used, self.weight_levels(layer), layer.channel_axis, self.learned,
+                             self.waiting)
 
     def _keep(self, layer: Layer, kernel: tf.Tensor) -> tf.Tensor:
-        keep = make_variable("keep", tf.zeros(kernel.shape), kernel)
+        keep = make_variable("keep", tf.ones(kernel.shape), kernel)
         flag = make_variable("keep_initialized", tf.constant(False), kernel)
 
         def initialize() -> tf.Tensor:
@@ -352,7 +356,8 @@ class GraphQuantizer:
                 with tf.control_dependencies([tf.assign(flag, True)]):
                     return tf.constant(True)
 
-        with tf.control_dependencies([tf.cond(flag.read_value(), lambda: tf.constant(True), initialize)]):
+        settled = unless(flag.read_value(), self.waiting)
+        with tf.control_dependencies([tf.cond(settled, lambda: tf.constant(True), initialize)]):
             return keep.read_value()
 
     def _quantize_activation(self, tensor: tf.Tensor, owner: Owner) -> None:
@@ -360,7 +365,8 @@ class GraphQuantizer:
             if owner not in self._scales:
                 with tf.name_scope("{}/{}/".format(SCOPE, owner.layer)):
                     self._scales[owner] = self.activation_scale(owner, values, self._grids[owner])
-            return fake_quantize(values, self._scales[owner].used, self.activation_levels(owner), None, self.learned)
+            return fake_quantize(values, self._scales[owner].used, self.activation_levels(owner), None, self.learned,
+                                 self.waiting)
 
         if owner.role is not Role.OUTPUT or not self._is_end(tensor):
             change_edges(tensor, place_name(tensor), change)
@@ -391,7 +397,7 @@ class GraphQuantizer:
             watcher = [self.watch(layer, values)] if self.watches else []
             if shifted:
                 step = self._scales[call.input].used * self._weight_scales[layer.name].used
-                values = bias_on_grid(values, step, layer.bias, norm, self._is_training)
+                values = bias_on_grid(values, step, layer.bias, norm, unless(self._is_training, self.waiting))
             with tf.control_dependencies(watcher):
                 return tf.identity(values)
 

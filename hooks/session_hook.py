@@ -13,6 +13,7 @@ from slimtrain.hooks.exporting_hook import ExportingHook
 from slimtrain.hooks.quantizer import GraphQuantizer
 from slimtrain.hooks.reporting import coverage_text, follow
 from slimtrain.hooks.training_runs import TrainingRuns
+from slimtrain.hooks.window import Keeper, Steps
 from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,17 @@ class QuantizerHook(ExportingHook):
         export_dir: where the files go; None for the folder of the checkpoints.
         output_names: what leaves the network; without it nothing is exported.
         is_chief: whether this process exports and takes decisions, as given to the session.
+        steps: when quantization begins, and from when on scales stay as they are.
 
     Raises:
         ValueError: ``export_dir`` without ``output_names``.
     """
 
     def __init__(self, quantizer: GraphQuantizer, export_dir: Optional[str], output_names: Optional[Sequence[str]],
-                 is_chief: bool) -> None:
+                 is_chief: bool, steps: Steps) -> None:
         super().__init__(quantizer.graph, export_dir, output_names, is_chief)
         self.quantizer = quantizer
+        self._keeper = Keeper(quantizer.graph, quantizer.window, steps)
         self._runs = TrainingRuns(quantizer.graph)
         follow(quantizer.graph, quantizer.followed())
 
@@ -60,6 +63,20 @@ class QuantizerHook(ExportingHook):
         """Whether every scale has been set."""
         return self.quantizer.ready(session)
 
+    def begin(self) -> None:
+        """Make sure that the session runs this graph, and add what sets the moments.
+
+        Raises:
+            RuntimeError: another graph; no operation trains the scales and counts the global step, which ``begin`` and
+                ``end`` need.
+        """
+        super().begin()
+        self._keeper.build()
+
+    def after_create_session(self, session: tf.Session, coord: Any) -> None:
+        """A session may begin anywhere in the training."""
+        self._keeper.restart()
+
     def export(self, stem: str, session: tf.Session) -> None:
         """Write ``stem.pb`` and ``stem.compress_params.bin``."""
         self.quantizer.export(stem, session)
@@ -75,5 +92,6 @@ class QuantizerHook(ExportingHook):
         """Export a checkpoint that was just written, take the decisions of the last step, and feed the state."""
         super().before_run(run_context)
         if self._is_chief:
+            self._keeper.advance(run_context.session, self.ready)
             self.quantizer.update(run_context.session)
         return self._runs.feed(run_context, self.is_training)

@@ -4,7 +4,7 @@ They are made on the device of the model variable they belong to: with a paramet
 """
 from __future__ import annotations
 
-from typing import Any, Callable, List, NamedTuple, Sequence
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -16,6 +16,8 @@ from slimtrain.hooks.graph import variable_device
 COLLECTION = "MNN_QAT_variables"
 #: scope of every operation that quantization added
 SCOPE = "MNN_QAT"
+#: how a float32 stores its exponent: what is added to it, and the bits below it
+_FLOAT32_BIAS, _FLOAT32_FRACTION = 127, 23
 
 
 class Scale(NamedTuple):
@@ -38,8 +40,10 @@ def make_variable(name: str, value: np.ndarray, beside: tf.Tensor, trainable: bo
 
 
 def started_scale(name: str, shape: List[int], beside: tf.Tensor, values: tf.Tensor,
-                  start: Callable[[np.ndarray], np.ndarray], trainable: bool) -> Scale:
-    """A scale that takes its start from the first values that it sees, once in the life of a checkpoint.
+                  start: Callable[[np.ndarray], np.ndarray], waiting: Optional[tf.Tensor] = None) -> Scale:
+    """A learned scale that takes its start from the first values that it sees, once in the life of a checkpoint.
+
+    What the optimizer learns is the scale in units of its size at the start, see :func:`in_units`.
 
     Args:
         name: of the variable.
@@ -47,22 +51,49 @@ def started_scale(name: str, shape: List[int], beside: tf.Tensor, values: tf.Ten
         beside: on whose device it lives.
         values: what it starts from.
         start: numpy function from the values to the scale.
-        trainable: let the optimizer learn it.
+        waiting: bool; whether it is too early to start.
     """
-    variable = make_variable(name, np.ones(shape, np.float32), beside, trainable)
+    variable = make_variable(name, np.ones(shape, np.float32), beside, trainable=True)
+    size = make_variable(name + "_size", np.array(1.0, np.float32), beside)
     flag = make_variable(name + "_initialized", np.array(False), beside)
 
     def initialize() -> tf.Tensor:
-        first = tf.numpy_function(_named(start, variable.op.name), [tf.stop_gradient(values)], tf.float32)
-        with tf.control_dependencies([tf.assign(variable, tf.reshape(first, shape))]):
+        first = tf.reshape(tf.numpy_function(_named(start, variable.op.name), [tf.stop_gradient(values)], tf.float32),
+                           shape)
+        unit = _power_of_two(first)
+        with tf.control_dependencies([tf.assign(variable, first / unit), tf.assign(size, unit)]):
             with tf.control_dependencies([tf.assign(flag, True)]):
                 return tf.constant(True)
 
     # the branch is a control dependency only: a gradient through cond is dead in version 1 of control flow
-    done = tf.cond(flag.read_value(), lambda: tf.constant(True), initialize)
+    done = tf.cond(unless(flag.read_value(), waiting), lambda: tf.constant(True), initialize)
     with tf.control_dependencies([done]):
-        used = positive(variable.read_value())
-    return Scale(used, positive(variable.read_value()), flag.read_value())
+        used = positive(in_units(variable.read_value(), size.read_value()))
+    return Scale(used, positive(variable.read_value() * size.read_value()), flag.read_value())
+
+
+def unless(settled: tf.Tensor, waiting: Optional[tf.Tensor]) -> tf.Tensor:
+    """Whether there is nothing to do: it is done already, or its time has not come."""
+    return settled if waiting is None else tf.logical_or(settled, waiting)
+
+
+@tf.custom_gradient
+def in_units(learned: tf.Tensor, size: tf.Tensor) -> Tuple[tf.Tensor, Callable]:
+    """``learned * size``, whose gradient is divided by the size instead of multiplied.
+
+    An optimizer that divides gradients by their own size (Adam and its kin) moves every variable by about its learning
+    rate, which is the whole of a scale of 0.001: so what it sees is about 1, and the rate counts in units of the scale.
+    One that moves variables in proportion to their gradients moves the scale exactly as if it were the variable, since
+    the size is a power of two.
+    """
+    return learned * size, lambda dy: [dy / size, None]
+
+
+def _power_of_two(scales: tf.Tensor) -> tf.Tensor:
+    """The power of two next to the geometric mean of some scales."""
+    exponents = tf.log(positive(scales)) / np.float32(np.log(2.0))
+    exponent = tf.cast(tf.round(tf.reduce_mean(exponents)), tf.int32)
+    return tf.bitcast(tf.bitwise.left_shift(exponent + _FLOAT32_BIAS, _FLOAT32_FRACTION), tf.float32)  # exact
 
 
 def _named(start: Callable[[np.ndarray], np.ndarray], name: str) -> Callable[[np.ndarray], np.ndarray]:

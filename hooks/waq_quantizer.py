@@ -15,7 +15,7 @@ from slimtrain.hooks.insertion import change_edges
 from slimtrain.hooks.layers import Layer, LayerKind
 from slimtrain.hooks.lsq_quantizer import LSQQuantizer
 from slimtrain.hooks.rewriting import Rewriting
-from slimtrain.hooks.state import SCOPE, Scale, make_variable, positive
+from slimtrain.hooks.state import SCOPE, Scale, make_variable, positive, unless
 from slimtrain.hooks.winograd import Scales, ratios, winograd_conv
 from slimtrain.proto import QuantMethod
 
@@ -149,7 +149,8 @@ class WAQQuantizer(LSQQuantizer):
                 with tf.control_dependencies([tf.assign(flag, True)]):
                     return tf.constant(True)
 
-        with tf.control_dependencies([tf.cond(flag.read_value(), lambda: tf.constant(True), initialize)]):
+        settled = unless(flag.read_value(), self.waiting)
+        with tf.control_dependencies([tf.cond(settled, lambda: tf.constant(True), initialize)]):
             learned, chosen = positive(positions.read_value()) * units.read_value(), unit.read_value()
         stored = positive(positions.read_value()) * units.read_value()
         self._transformed[layer.name] = _Transformed(forms, stored, unit.read_value(), sqnr.read_value(),

@@ -23,11 +23,12 @@ from slimtrain.hooks.checks import check_editable
 from slimtrain.hooks.compositions import check_merged
 from slimtrain.hooks.export import float_graph, params_bytes
 from slimtrain.hooks.insertion import change_edge, strip
-from slimtrain.hooks.layers import LayerKind
+from slimtrain.hooks.layers import Layer, LayerKind
 from slimtrain.hooks.operations import read_network
 from slimtrain.hooks.stacking import contributed
 from slimtrain.hooks.strip import is_quantized
 from slimtrain.hooks.weight_fake_quant import core_shape, store_weight, stored_kernel
+from slimtrain.hooks.window import make_window
 from slimtrain.proto import WeightOnlyParams, quantize_algorithm, save_algorithm
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,9 @@ class WeightQuantizer:
                 raise ValueError("there is nothing to store in few bits: {}".format(self._why_nothing()))
             self.storages = self._storages(bits, WeightMode(mode), layer_bits or {}, block_size)
             self.clean = self.graph.as_graph_def()
+            self.window = make_window(self.graph, next(iter(self.layers.values())).kernel)
             for name, layer in self.layers.items():
-                change_edge(layer.op, 1, name + "/kernel", functools.partial(
-                    store_weight, layer=layer, **self.storages[name]._asdict()))
+                change_edge(layer.op, 1, name + "/kernel", functools.partial(self._stored, layer))
         if debug_info:
             for name, storage in self.storages.items():
                 logger.info("%s: %d bits, %s%s", name, storage.bits, storage.mode.value,
@@ -204,6 +205,11 @@ class WeightQuantizer:
         return Coverage(tuple(rows))
 
     # -- inside
+
+    def _stored(self, layer: Layer, kernel: tf.Tensor) -> tf.Tensor:
+        """A kernel as it is stored; as it is, while the network is trained in float."""
+        stored, waiting = store_weight(kernel, layer, **self.storages[layer.name]._asdict()), self.window.waiting()
+        return stored if waiting is None else tf.where(waiting, kernel, stored)
 
     def _params(self) -> List[WeightOnlyParams]:
         params = []
