@@ -186,9 +186,9 @@ class Tracker(TorchFunctionMode):
                         kwargs: Mapping[str, Any]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         """Name the tensors passed into the innermost module."""
         frame = self._frames[-1]
-        tensors = tensors_in([args, dict(kwargs)])
+        tensors = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
         if len(self._frames) > 1:
-            self._entrances.enter(frame.path, [self.mark_of(tensor) for tensor in tensors])
+            self._entrances.enter(frame.path, [self._marks.get(tensor) for tensor in tensors])
         elif self.repeating:
             for tensor, known in zip(tensors, self._entrances.repeated(frame.path)):
                 if known is not None:
@@ -199,18 +199,18 @@ class Tracker(TorchFunctionMode):
 
     def _enter(self, frame: _Frame, name: str, value: Any) -> Any:
         """Pass in one argument; the tensors of a list are numbered."""
+        if isinstance(value, Tensor):
+            return self._enter_tensor(frame, name, value)
         numbers = itertools.count()
+        return map_tensors(lambda tensor: self._enter_tensor(frame, "%s.%d" % (name, next(numbers)), tensor), value)
 
-        def enter(tensor: Tensor) -> Tensor:
-            inside = "%s.%d" % (name, next(numbers)) if tensor is not value else name
-            with torch._C.DisableTorchFunction():  # what a handler computes is no operation of the model
-                entered = self.handler.enter("%s/%s" % (frame.path, inside), self._latest(tensor), self)
-            mark = self.mark_of(entered)
-            if mark is not None:
-                frame.arguments[mark.serial] = inside
-            return entered
-
-        return map_tensors(enter, value)
+    def _enter_tensor(self, frame: _Frame, name: str, tensor: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():  # what a handler computes is no operation of the model
+            entered = self.handler.enter("%s/%s" % (frame.path, name), self._latest(tensor), self)
+        mark = self._marks.get(entered)
+        if mark is not None:
+            frame.arguments[mark.serial] = name
+        return entered
 
     def leave(self, value: Tensor) -> Tensor:
         """A tensor leaves the model; return what the caller shall see."""
