@@ -15,7 +15,6 @@ from slimtrain.core.chain import (
 )
 from slimtrain.core.channel_choice import ChannelChoice, choose_channels
 from slimtrain.core.channels import ChannelClasses, ChannelGraph, ChannelGroup, LayerChannels
-from slimtrain.core.chosen_spectra import chosen_spectra, spectra_from_json, spectra_to_json
 from slimtrain.core.compression_report import (
     ChosenSpectrum,
     CompressionReport,
@@ -57,6 +56,7 @@ from slimtrain.core.history import History
 from slimtrain.core.json_schema import pipeline_schema
 from slimtrain.core.kept_channels import ChannelPlan, LayerPlan, channel_plan, plan_keeps
 from slimtrain.core.layer_reports import ExpandedLine, FactorizedLayer, describe_factorized
+from slimtrain.core.layer_statistics import LayerStatistics, SeenLayer, quantization_statistics
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
 from slimtrain.core.observers import Observation, observe, observe_sample, sample_stride
@@ -65,7 +65,6 @@ from slimtrain.core.pipeline_flag import add_compress_flag, define_compress_flag
 from slimtrain.core.pipeline_text import load_pipeline, to_short, to_yaml
 from slimtrain.core.placement import LayerCall, Op, OpKind, Placement, PlannedCall, Quantizer, Role, place
 from slimtrain.core.prune_ratios import OVERALL, read_prune_ratios, write_prune_ratios
-from slimtrain.core.quantization_statistics import LayerStatistics, SeenLayer, quantization_statistics
 from slimtrain.core.rank_budget import BudgetRanks, Cost
 from slimtrain.core.ranking import global_keep, layer_keep, sparsity_of
 from slimtrain.core.ranks import (
@@ -121,6 +120,7 @@ from slimtrain.core.simulator import (
     simulate_conv,
     simulate_linear,
 )
+from slimtrain.core.spectra import chosen_spectra, spectra_from_json, spectra_to_json
 from slimtrain.core.stages import Export, Kind, Stage
 from slimtrain.core.vbmf import Evbmf, evbmf
 from slimtrain.core.weight_only import (

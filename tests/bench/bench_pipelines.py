@@ -19,6 +19,7 @@ PIPELINES = (
     "low_rank:tucker;quantize:lsq",
     "prune:simd_oc,sparsity=0.5,end=0.5;quantize:weight,bits=4",
     "prune:snip,sparsity=0.5,end=0.5;quantize:oaq",
+    "prune:simd_oc,sparsity=0.5,end=0.4;quantize:lsq,begin=0.5,end=0.9",
 )
 
 
