@@ -70,6 +70,11 @@ class WAQQuantizer(LSQQuantizer):
             return super().make_scales(layer)
         return WinogradLayerScales(layer, self.bits, self._retain_sparsity, forms)
 
+    def scale_sizes(self) -> Dict[int, float]:
+        """Also of the scales by position, most of which are of transformed weights."""
+        positions = {id(scales.positions): scales.sizes.weight for scales in self._candidates().values()}
+        return {**super().scale_sizes(), **positions}
+
     def make_simulation(self) -> Simulation:
         return WinogradSimulation(self.modules(), self.known_plan())
 

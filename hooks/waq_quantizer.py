@@ -15,7 +15,7 @@ from slimtrain.hooks.insertion import change_edges
 from slimtrain.hooks.layers import Layer, LayerKind
 from slimtrain.hooks.lsq_quantizer import LSQQuantizer
 from slimtrain.hooks.rewriting import Rewriting
-from slimtrain.hooks.state import SCOPE, Scale, make_variable, positive, unless
+from slimtrain.hooks.state import SCOPE, Scale, in_units, make_variable, positive, unless
 from slimtrain.hooks.winograd import Scales, ratios, winograd_conv
 from slimtrain.proto import QuantMethod
 
@@ -131,6 +131,7 @@ class WAQQuantizer(LSQQuantizer):
         shape = [max(form.positions for form in forms), 1 + layer.channels]
         positions = make_variable("winograd_positions", np.ones(shape, np.float32), layer.kernel, trainable=True)
         units = make_variable("winograd_units", np.ones(shape, np.float32), layer.kernel)
+        sizes = make_variable("winograd_sizes", np.ones([1, shape[1]], np.float32), layer.kernel)
         unit = make_variable("winograd_unit", np.array(0, np.int32), layer.kernel)
         sqnr = make_variable("winograd_sqnr_db", np.zeros(len(forms), np.float32), layer.kernel)
         flag = make_variable("winograd_initialized", np.array(False), layer.kernel)
@@ -141,9 +142,9 @@ class WAQQuantizer(LSQQuantizer):
 
         def initialize() -> tf.Tensor:
             values = [tf.stop_gradient(value) for value in (x, kernel, scales[0].used, scales[1].used)]
-            kinds = [tf.float32, tf.float32, tf.int32, tf.float32]
+            kinds = [tf.float32, tf.float32, tf.float32, tf.int32, tf.float32]
             results = tf.numpy_function(start, values, kinds)
-            targets = (positions, units, unit, sqnr)
+            targets = (positions, units, sizes, unit, sqnr)
             assigns = [tf.assign(target, tf.reshape(value, target.shape)) for target, value in zip(targets, results)]
             with tf.control_dependencies(assigns):
                 with tf.control_dependencies([tf.assign(flag, True)]):
@@ -151,8 +152,9 @@ class WAQQuantizer(LSQQuantizer):
 
         settled = unless(flag.read_value(), self.waiting)
         with tf.control_dependencies([tf.cond(settled, lambda: tf.constant(True), initialize)]):
-            learned, chosen = positive(positions.read_value()) * units.read_value(), unit.read_value()
-        stored = positive(positions.read_value()) * units.read_value()
+            moving = positive(in_units(positions.read_value(), sizes.read_value()))
+            learned, chosen = moving * units.read_value(), unit.read_value()
+        stored = positive(positions.read_value() * sizes.read_value()) * units.read_value()
         self._transformed[layer.name] = _Transformed(forms, stored, unit.read_value(), sqnr.read_value(),
                                                      flag.read_value(), call)
         return learned, chosen
@@ -192,7 +194,7 @@ def _possible_forms(layer: Layer) -> Tuple[WinogradForm, ...]:
 
 def _started(name: str, forms: Sequence[WinogradForm], min_sqnr_db: float, padding: bytes, shape: Sequence[int],
              arrays: Sequence[np.ndarray]) -> Tuple[np.ndarray, ...]:
-    """The start of the learned scales and their units, the unit of the chosen form, and the result of each form."""
+    """The start of the learned scales, their units and sizes, the unit of the chosen form, the result of each form."""
     x, kernel, input_scale, weight_scales = arrays
     pads = same_padding(x.shape[1], kernel.shape[0], 1) if padding == b"SAME" else (0, 0)
     images = np.transpose(x[:_MOST_IMAGES], (0, 3, 1, 2)).astype(np.float64)
@@ -202,8 +204,9 @@ def _started(name: str, forms: Sequence[WinogradForm], min_sqnr_db: float, paddi
     logger.info("%s: %s (%s)", name, choice.form or "plain int8, because of " + choice.reason,
                 ", ".join("{} {:.1f} dB".format(form, value) for form, value in choice.sqnr_db.items()))
     before = np.concatenate([[input_scale], weight_scales]).astype(np.float32)
-    positions, units = np.tile(before, (shape[0], 1)), np.ones(shape, np.float32)
+    sizes = np.exp2(np.round(np.log2(before))).astype(np.float32)[None]
+    positions, units = np.tile(before, (shape[0], 1)) / sizes, np.ones(shape, np.float32)
     if choice.form is not None:
         units[:choice.form.positions] = trials[choice.form].scales / before
     results = np.array([trials[form].sqnr_db for form in forms], np.float32)
-    return positions, units, np.array(choice.form.unit if choice.form else 0, np.int32), results
+    return positions, units, sizes, np.array(choice.form.unit if choice.form else 0, np.int32), results

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nets import Small, images
-from slimtrain.callbacks import LSQQuantizer
+from slimtrain.callbacks import LSQQuantizer, WAQQuantizer
 
 RATE = 1e-2
 NORMALISING = [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad]
@@ -77,3 +77,19 @@ def test_a_quantizer_may_be_collected_in_the_middle_of_a_step():
     finally:
         handle.remove()
     assert gone() is None and torch.equal(weight, torch.full((2,), 0.9))
+
+
+def test_scales_by_position_move_by_their_size_too():
+    torch.manual_seed(0)
+    model, (x, y) = Small(), images(16)
+    quantizer = WAQQuantizer(model, bits=8, min_sqnr_db=0.0)
+    quantizer.calibrate([x])
+    layers = {id(quantizer.scales[name].positions): quantizer.scales[name] for name in quantizer.forms}
+    before = {key: scales.positions.detach().clone() for key, scales in layers.items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    F.cross_entropy(model.train()(x), y).backward()
+    optimizer.step()
+    assert layers
+    for key, scales in layers.items():
+        moved = (scales.positions - before[key]).abs().max().item()
+        assert 0 < moved <= 1.01 * RATE * scales.sizes.weight < RATE / 5
