@@ -9,10 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: algorithm -> why one side does not have it, or not yet
+#: algorithm -> why one side does not have all of it
 ONE_SIDED = {
-    "EMAQuantizer": "issue 6 brings it to PyTorch",
-    "OAQQuantizer": "issue 6 brings it to PyTorch",
     "OfflineQuantizer": "a frozen graph has no session to hook into; both sides have the object",
 }
 
