@@ -10,7 +10,7 @@ from torch import nn
 from slimtrain.callbacks.callback import example_from_batch
 from slimtrain.callbacks.exporting import Deployed, Exported
 from slimtrain.callbacks.exporting_callback import ExportingCallback
-from slimtrain.callbacks.moments import step_at
+from slimtrain.callbacks.moments import step_at, training_steps
 from slimtrain.core import Coverage, LayerState, Moment, check_window
 from slimtrain.proto.conversion_report import LayerNote
 
@@ -126,7 +126,7 @@ class DeployingCallback(ExportingCallback):
         if self._begin_step is None:
             self._begin_step = step_at(trainer, self.begin)
             self._waits = self._begin_step > 0
-            total = trainer.estimated_stepping_batches
+            total = training_steps(trainer)
             if self._waits and self._begin_step >= total:
                 raise ValueError("begin=%r is optimizer step %d, and training ends with step %d: quantization would "
                                  "never begin" % (self.begin, self._begin_step, total))

@@ -17,14 +17,20 @@ def step_at(trainer: Any, moment: Moment) -> float:
     Raises:
         ValueError: a part of a training whose length the Trainer does not know, or epochs of unknown length.
     """
-    total = trainer.estimated_stepping_batches
+    total = training_steps(trainer)
     if isinstance(moment, float):
         if moment == 1.0:
             return math.inf
         if math.isinf(total) and moment > 0.0:
-            raise ValueError("the Trainer does not know how long it will train (max_epochs=-1), so %r must be given in "
-                             "optimizer steps or epochs" % moment)
+            raise ValueError("the Trainer does not know how long it will train (no limit, or endless data), so %r must "
+                             "be given in optimizer steps or epochs" % moment)
     return step_of(moment, 0 if math.isinf(total) else int(total), epoch_steps(trainer))
+
+
+def training_steps(trainer: Any) -> float:
+    """Optimizer steps of the whole training; infinite where a Trainer about to train does not know."""
+    total = trainer.estimated_stepping_batches
+    return math.inf if total < 0 else total  # -1 stands for no limit
 
 
 def epoch_steps(trainer: Any) -> Optional[float]:

@@ -11,7 +11,7 @@ from torch import nn
 from slimtrain.callbacks.callback import compressions, example_from_batch
 from slimtrain.callbacks.exporting import Exported
 from slimtrain.callbacks.exporting_callback import ExportingCallback
-from slimtrain.callbacks.moments import epoch_steps
+from slimtrain.callbacks.moments import epoch_steps, training_steps
 from slimtrain.callbacks.pruner import Pruner
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
 from slimtrain.core import Moment, PruningSchedule, check_window, schedule_between, step_of
@@ -87,7 +87,7 @@ class PrunerCallback(ExportingCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._scheduled:
-            self.pruner.schedule = self._schedule(trainer.estimated_stepping_batches, epoch_steps(trainer))
+            self.pruner.schedule = self._schedule(training_steps(trainer), epoch_steps(trainer))
             self._scheduled = True
         self._sparsity = self.pruner.sparsity
         # the optimizer's own hook: right also under manual optimization, and silent when a scaler skips the step

@@ -156,6 +156,24 @@ def test_a_begin_behind_the_training_is_refused_before_it(tmp_path):
         fit(tmp_path, WeightQuantizerCallback(begin=0.5, export_to=""), max_epochs=-1)
 
 
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield BATCHES[0]
+
+
+def test_endless_data_take_steps_and_no_parts(tmp_path):
+    def run(**options):
+        quantizing = make("LSQQuantizer", **options)
+        data = torch.utils.data.DataLoader(Endless(), batch_size=None)
+        trainer(tmp_path, quantizing, Stopping(4), max_epochs=1).fit(Lit(), data)
+        return quantizing.quantizer
+
+    assert run(begin=1, end=3).frozen and not run().frozen
+    with pytest.raises(ValueError, match="does not know how long it will train"):
+        run(begin=0.5)
+
+
 def test_scales_of_a_plain_loop_are_frozen_by_hand():
     torch.manual_seed(0)
     model = Lit().net
