@@ -1,6 +1,6 @@
 """Accuracy of LSQ at 8 to 2 bits on digits, in simulation and in MNN, beside the float net.
 
-    python tests/bench/bench_digits_lsq.py [--bits 8 4 3 2] [--json FILE]
+    python tests/bench/bench_digits_lsq.py [--bits 8 4 3 2] [--seeds 3] [--json FILE]
 
 A net of four convolutions and a linear layer is trained in float, then fine-tuned for 8 epochs with every layer
 quantized, and deployed; the accuracy in MNN is measured on the converted file. Takes minutes.
@@ -58,10 +58,12 @@ def show(float_accuracies, results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
+    parser.add_argument("--seeds", type=int, default=len(digits_torch.SEEDS), help="how many; one image of one seed "
+                        "is 0.0006 of the mean of three")
     parser.add_argument("--json")
     options = parser.parse_args()
     digits_torch.quiet()
-    nets = digits_torch.float_nets()
+    nets = digits_torch.float_nets(seeds=range(options.seeds))
     float_accuracies = [digits_torch.accuracy(net) for net in nets.values()]
     results = {bits: measure(nets, bits) for bits in options.bits}
     show(float_accuracies, results)

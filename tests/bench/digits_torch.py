@@ -5,7 +5,7 @@ import copy
 import logging
 import tempfile
 import warnings
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 
 import pytorch_lightning as pl
 import torch
@@ -95,10 +95,10 @@ def tune(net: nn.Module, seed: int, *callbacks: Any, epochs: int = TUNING_EPOCHS
     return fit(copy.deepcopy(net), seed, epochs, rate, *callbacks)
 
 
-def float_nets(make: Any = conv_net) -> Dict[int, nn.Module]:
+def float_nets(make: Any = conv_net, seeds: Iterable[int] = SEEDS) -> Dict[int, nn.Module]:
     """A net trained in float for each seed."""
     nets: Dict[int, nn.Module] = {}
-    for seed in SEEDS:
+    for seed in seeds:
         torch.manual_seed(seed)
         nets[seed] = fit(make(), seed, FLOAT_EPOCHS, FLOAT_RATE).net
     return nets
