@@ -20,6 +20,8 @@ from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
 
+_FLOAT_BITS = 32
+
 
 class QuantizerCallback(DeployingCallback):
     """Base of the quantizer callbacks: calibrates before training, simulates during it, exports after it.
@@ -93,6 +95,14 @@ class QuantizerCallback(DeployingCallback):
         if self.quantizer.frozen:  # whoever clips gradients by their norm shall not count these
             for scale in self.new_parameters():
                 scale.grad = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # in the progress bar and the logger: how the weights are computed with now, and whether scales still move
+        for name, value in (("bits", _FLOAT_BITS if self._waits else self.quantizer.bits.weight),
+                            ("scales_move", not (self._waits or self.quantizer.frozen))):
+            pl_module.log(name + (" of " + self.module if self.module else ""), float(value), prog_bar=name == "bits",
+                          on_step=True, on_epoch=False, batch_size=1)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)

@@ -267,6 +267,8 @@ class GraphQuantizer:
     def followed(self) -> Dict[str, Any]:
         """What is worth watching while the network trains, tensors and numbers by name: scales and bits."""
         values: Dict[str, Any] = {key + "_bits": bits for key, bits in self.bits._asdict().items()}
+        values.update((name, variable.read_value()) for name, variable in self.window._asdict().items()
+                      if variable is not None)
         values.update((name + "/weight_scale", scale.stored) for name, scale in self._weight_scales.items())
         values.update(("{}/{}_scale".format(owner.layer, owner.role.value), scale.stored)
                       for owner, scale in self._scales.items())

@@ -13,7 +13,7 @@ from slimtrain.hooks.exporting_hook import ExportingHook
 from slimtrain.hooks.quantizer import GraphQuantizer
 from slimtrain.hooks.reporting import coverage_text, follow
 from slimtrain.hooks.training_runs import TrainingRuns
-from slimtrain.hooks.window import Keeper, Steps
+from slimtrain.hooks.window import Keeper, Steps, Window
 from slimtrain.proto.conversion_report import LayerNote
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class QuantizerHook(ExportingHook):
     def followed(self) -> Dict[str, Any]:
         """The scale of every activation."""
         return {name: value for name, value in self.quantizer.followed().items()
-                if not name.endswith(("_bits", "/weight_scale"))}
+                if not name.endswith(("_bits", "/weight_scale")) and name not in Window._fields}
 
     def layer_notes(self, session: tf.Session) -> Dict[str, LayerNote]:
         """The bits of each layer, or why it is float."""

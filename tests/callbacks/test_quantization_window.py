@@ -102,6 +102,17 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(kind, step, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(watched.scales[-1], rest.scales[-1]))
 
 
+def test_the_progress_bar_says_how_the_model_is_trained(tmp_path):
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append((trainer.progress_bar_metrics["bits"], trainer.logged_metrics["scales_move"].item()))
+
+    fit(tmp_path, make("LSQQuantizer", begin=2, end=4), Look())
+    assert seen == [(32.0, 0.0)] * 2 + [(4.0, 1.0)] * 2 + [(4.0, 0.0)] * 4
+
+
 @pytest.mark.parametrize("kind", ["LSQQuantizer", "WeightQuantizer"])
 def test_what_was_trained_is_deployed(kind, tmp_path):
     pruner = SNIPLevelPrunerCallback(0.5, 2, sensitivity_steps=1, begin=0, end=2, export_to="")
