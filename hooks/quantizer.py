@@ -127,6 +127,8 @@ class GraphQuantizer:
             self.clean = self.graph.as_graph_def()
             self.window = make_window(self.graph, next(iter(self.layers.values())).kernel)
             self.waiting = self.window.waiting()  #: bool tensor, while the network is trained in float; or None
+            self._phases = {name: variable.read_value() for name, variable in self.window._asdict().items()
+                            if variable is not None}
             self._is_training = self._state_tensor()
             self._grids = self._choose_grids()
             self._scales: Dict[Owner, Scale] = {}
@@ -267,8 +269,7 @@ class GraphQuantizer:
     def followed(self) -> Dict[str, Any]:
         """What is worth watching while the network trains, tensors and numbers by name: scales and bits."""
         values: Dict[str, Any] = {key + "_bits": bits for key, bits in self.bits._asdict().items()}
-        values.update((name, variable.read_value()) for name, variable in self.window._asdict().items()
-                      if variable is not None)
+        values.update(self._phases)
         values.update((name + "/weight_scale", scale.stored) for name, scale in self._weight_scales.items())
         values.update(("{}/{}_scale".format(owner.layer, owner.role.value), scale.stored)
                       for owner, scale in self._scales.items())

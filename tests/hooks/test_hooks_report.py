@@ -40,7 +40,7 @@ def train(folder, make_hooks, steps=5):
 
 
 def quantizing(folder):
-    quantizer = LSQQuantizerHook(output_names=["logits"], export_dir=str(folder))
+    quantizer = LSQQuantizerHook(output_names=["logits"], export_dir=str(folder), begin=2, end=4)
     return [quantizer, CompressionReportHook([quantizer], html=True)]
 
 
