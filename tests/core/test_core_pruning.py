@@ -13,8 +13,8 @@ from slimtrain.core import (
     Ramp,
     Sensitivity,
     accumulate_sensitivity,
+    check_window,
     global_keep,
-    is_before,
     layer_keep,
     load_sensitivity,
     read_prune_ratios,
@@ -204,8 +204,11 @@ def test_moments_are_epochs_where_their_length_is_known():
 
 
 def test_only_moments_of_one_kind_are_compared():
-    assert is_before(3, 4) and is_before(0.1, 0.2) and is_before("1 epoch", "2 epochs")
-    assert not any(is_before(*pair) for pair in [(4, 3), (0.5, 3), ("1 epoch", 900), (0.9, "1 epoch")])
+    for window in [(3, 4), (3, 3), (0.1, 0.2), ("1 epoch", "2 epochs"), (0.5, 3), ("1 epoch", 900), (0.9, "1 epoch")]:
+        check_window(*window)
+    for begin, end in [(4, 3), (0.2, 0.1), ("2 epochs", "1 epoch")]:
+        with pytest.raises(ValueError, match="end must not lie before begin"):
+            check_window(begin, end)
 
 
 def test_sensitivity_is_a_mean_and_then_forgets():
