@@ -21,6 +21,7 @@ from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer, why_not_stored
 from slimtrain.core import LayerState, WeightMode, sqnr_db
 from slimtrain.core.bit_choice import FLOAT_BITS, BitResult, BitSensitivity, stored_size
+from slimtrain.core.progress import with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _measured(model: nn.Module, layers: Dict[str, nn.Module], examples: Sequence
         raise ValueError("the sensitivity needs examples and widths, got %d and %d" % (len(examples), len(bits)))
     whole = _run(model, examples, loss)
     results: List[BitResult] = []
-    for name, layer in layers.items():
+    for name, layer in with_progress(layers.items(), "measuring layers"):
         weights, channels = weight_count(layer), len(layer.weight)  # type: ignore[arg-type]
         results.append(BitResult(name, FLOAT_BITS, stored_size(weights, channels, FLOAT_BITS), float("inf"), 0.0))
         for width in sorted(set(bits), reverse=True):

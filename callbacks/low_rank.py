@@ -40,6 +40,7 @@ from slimtrain.core import (
     toolbox_rule,
     truncate_weight,
 )
+from slimtrain.core.progress import with_progress
 from slimtrain.proto import save_parameterless
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class LowRankDecomposition:
         spatial = set(select(list(layers), separable)) if separable else set()
         positions = _positions(model, example_input)
         kernels = {name: _kernel(name, layer, name in spatial, positions.get(name, 1))
-                   for name, layer in layers.items()}
+                   for name, layer in with_progress(layers.items(), "decomposing")}
         self.plans = plan_layers(list(kernels.values()), rule, alignment)
         self.spectra = {name: kernel.analysis.spectra for name, kernel in kernels.items()}
         self._factors = {plan.name: truncate_weight(kernels[plan.name].analysis, plan.ranks, refinements)

@@ -32,6 +32,7 @@ from slimtrain.core import (
     weight_grid,
     weight_scales,
 )
+from slimtrain.core.progress import with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class OfflineQuantizer(QATQuantizer):
         count, before = 0, self._tracker.handler
         try:
             with unnoticed(self.model), evaluation(self.model), self._calibrating():
-                for batch in batches:
+                for batch in with_progress(batches, "calibrating"):
                     inputs = arguments(batch)
                     if not count:
                         self.start_observing(inputs)

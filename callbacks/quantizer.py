@@ -20,6 +20,7 @@ from slimtrain.callbacks.tracking import Handler, OwnHook, Tracker
 from slimtrain.callbacks.weight_decay import ScaleGroups
 from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, activation_grid, mse_scale
 from slimtrain.core import Quantizer as Owner
+from slimtrain.core.progress import with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ class Quantizer:
         count = 0
         calibration: Any = None
         with unnoticed(self.model), self._calibrating():
-            for batch in batches:
+            for batch in with_progress(batches, "calibrating"):
                 args, kwargs = arguments(batch)
                 if calibration is None:
                     calibration = self.make_calibration(self.record(args, kwargs))

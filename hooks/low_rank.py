@@ -26,6 +26,7 @@ from slimtrain.core import (
     toolbox_rule,
     truncate_weight,
 )
+from slimtrain.core.progress import with_progress
 from slimtrain.hooks.checks import check_editable
 from slimtrain.hooks.compositions import compositions
 from slimtrain.hooks.factor_chain import replace_layer
@@ -94,7 +95,7 @@ class LowRankDecomposition:
         spatial = set(select(list(found.own), separable)) if separable else set()
         weights = _weights(found.own, weight_npy_file)
         kernels = {name: _kernel(own, weights[name], name in spatial, positions.get(name, 1))
-                   for name, own in found.own.items()}
+                   for name, own in with_progress(found.own.items(), "decomposing")}
         plans = plan_layers(list(kernels.values()), rule, Alignment(align_channels, tucker_minimal_ratio))
         self.plans = plans
         self.spectra = {name: kernel.analysis.spectra for name, kernel in kernels.items()}

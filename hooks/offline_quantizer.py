@@ -29,6 +29,7 @@ from slimtrain.core import (
     weight_scales,
 )
 from slimtrain.core import Quantizer as Owner
+from slimtrain.core.progress import with_progress
 from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.deployment import LayerSource, read_layers
 from slimtrain.hooks.export import export_model
@@ -116,7 +117,7 @@ class OfflineQuantizer:
         wanted = sorted({tensor for tensors in self._watched.values() for tensor in tensors})
         count = 0
         with tf.Session(graph=self.graph) as session:
-            for batch in batches:
+            for batch in with_progress(batches, "calibrating"):
                 values = dict(zip(wanted, session.run(wanted, self._feeds(batch))))
                 for owner, tensors in self._watched.items():
                     seen[owner] = _observed(seen[owner], [values[tensor].reshape(-1) for tensor in tensors], owner)

@@ -18,6 +18,7 @@ from slimtrain.core import (
     receptive_fields,
     sample_stride,
 )
+from slimtrain.core.progress import with_progress
 from slimtrain.proto.onnx_check import open_session
 from slimtrain.proto.onnx_geometry import as_image, conv_geometry
 from slimtrain.proto.onnx_graph import OnnxGraph
@@ -59,7 +60,7 @@ def observe_onnx(structure: Rewritten, batches: Iterable[Arrays], with_moments: 
     seen: Dict[Quantizer, Observation] = {owner: Observation() for owner in watched}
     moments: Dict[str, InputMoments] = {}
     first: Arrays = {}
-    for batch in batches:
+    for batch in with_progress(batches, "calibrating"):
         first = first or batch
         values = run(batch)
         for owner, names in watched.items():
