@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from nets import trainer
-from slimtrain.callbacks import CompressionReportCallback, from_config
+from slimtrain.callbacks import CompressionReportCallback, LSQQuantizerCallback, from_config
 
 KINDS = {"low": "low_rank:tucker", "prune": "prune:snip", "quantize": "quantize:lsq", "weight": "quantize:weight",
          "lop": "over_parameterize:lop,expand_rate=2"}
@@ -18,10 +18,19 @@ def made(*names, **options):
     (["low"], 0), (["lop"], 0), (["prune"], 0), (["quantize"], 0), (["low", "prune"], 1), (["prune", "low"], 0),
     (["low", "prune", "quantize"], 2), (["quantize", "prune", "low"], 0),
     (["prune", "weight"], 1), (["low", "weight"], 1)])
-def test_one_callback_writes(names, writer, tmp_path):
+def test_one_callback_writes(names, writer, tmp_path, monkeypatch):
+    monkeypatch.setattr(LSQQuantizerCallback, "is_ready", lambda callback: True)  # as after a training
     callbacks = made(*names)
     run = trainer(tmp_path, CompressionReportCallback(), *callbacks)
     assert [callback.exports(run) for callback in callbacks] == [index == writer for index in range(len(names))]
+
+
+def test_a_quantizer_that_never_began_leaves_it_to_the_next(tmp_path, monkeypatch):
+    quantizer, pruner = made("quantize", "prune")
+    run = trainer(tmp_path, quantizer, pruner)
+    monkeypatch.setattr(LSQQuantizerCallback, "is_ready", lambda callback: False)
+    assert not quantizer.exports(run)
+    assert pruner.exports(run)
 
 
 def test_one_that_shall_not_write_leaves_it_to_the_next(tmp_path):
