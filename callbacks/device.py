@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,21 @@ def input_levels(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     step = scale.float()
     levels = x.float() * (1 / step)
     return ((torch.sign(levels) * torch.floor(levels.abs() + 0.5)).clamp(grid.lower, grid.upper) * step).to(x.dtype)
+
+
+def mean_on_device(x: Tensor, axes: int) -> Tensor:
+    """The mean over the last axes as MNN computes it: a float32 sum from the first value to the last, then a division.
+
+    The order matters where the mean of a few levels lies halfway between two, and the next layer rounds it.
+
+    Args:
+        x: float32.
+        axes: how many; they stay, with length 1.
+    """
+    values = x.flatten(x.dim() - axes)
+    sums = np.add.accumulate(values.cpu().numpy(), axis=-1, dtype=np.float32)[..., -1]
+    mean = torch.from_numpy(np.ascontiguousarray(sums)).to(x.device) / values.shape[-1]
+    return mean.reshape(*x.shape[:x.dim() - axes], *(1,) * axes)
 
 
 def _sums(function: Callable[..., Tensor], x: Tensor, weight: Tensor, rest: Sequence[Any], x_grid: Grid,

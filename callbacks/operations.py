@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import numbers
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor
 
@@ -108,6 +108,29 @@ def _clip_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> OpK
     if isinstance(low, numbers.Real) and bool(low >= 0):  # type: ignore[operator]
         return OpKind.RELU6 if low == 0 and isinstance(high, numbers.Real) and high == 6 else OpKind.NON_NEGATIVE
     return OpKind.OTHER
+
+
+class Mean(NamedTuple):
+    """A mean over all places of an image, or of any other last axes."""
+
+    axes: int        #: how many
+    keeps_axes: bool
+
+
+def mean_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[Mean]:
+    """The mean that a torch function takes of its first argument; None for anything else."""
+    name, x = function_name(function), argument(args, kwargs, 0, "input")
+    if name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d"):
+        size = argument(args, kwargs, 1, "output_size")
+        ones = size if isinstance(size, (tuple, list)) else (size,)
+        return Mean(int(name[-2]), True) if all(length == 1 for length in ones) else None
+    if name != "mean" or "dtype" in kwargs or "out" in kwargs:
+        return None
+    dims = argument(args, kwargs, 1, "dim")
+    dims = [dims] if isinstance(dims, int) else list(dims or ())
+    if not 0 < len(dims) < x.dim() or sorted(dim % x.dim() for dim in dims) != list(range(x.dim()))[-len(dims):]:
+        return None
+    return Mean(len(dims), bool(argument(args, kwargs, 2, "keepdim", False)))
 
 
 def works_in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

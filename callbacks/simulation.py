@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from slimtrain.callbacks.deployment import IntegerLayer, integer_layer, output_grid
-from slimtrain.callbacks.device import input_levels, run_on_device
+from slimtrain.callbacks.device import input_levels, mean_on_device, run_on_device
 from slimtrain.callbacks.fake_quant import Bounds, fake_quantize, source_of
 from slimtrain.callbacks.input_convolution import convolve_input, geometry_of
 from slimtrain.callbacks.layer_scales import LayerScales, scales_of
 from slimtrain.callbacks.layers import is_depthwise
 from slimtrain.callbacks.marks import Mark
-from slimtrain.callbacks.operations import argument, map_tensors, works_in_place
+from slimtrain.callbacks.operations import argument, map_tensors, mean_of, works_in_place
 from slimtrain.callbacks.recording import Plan, PlannedCall
 from slimtrain.callbacks.tracking import Call, Handler, Tracker
 from slimtrain.core import SMALLEST_SCALE, Grid, OpKind, Quantizer, Role
@@ -79,11 +79,20 @@ class Simulation(Handler):
                 break
         if waiting is not None:
             if call.name not in self.plan.fused:
-                return self._settle(call, tracker).run()
+                return self._run(self._settle(call, tracker))
             if waiting.exact is not None and not torch.is_grad_enabled():
                 return call.inputs[0]  # the exact value has this operation in it already
         if self.runs_activations and not self._exact and call.kind in _BOUNDS and call.name in self.plan.owners:
             return self._activated(call, self.plan.owners[call.name], tracker)
+        return self._run(call)
+
+    def _run(self, call: Call) -> Any:
+        """Run an operation that no layer does, as the device does where that shows."""
+        if self._exact and call.kind is OpKind.COMBINE and not torch.is_grad_enabled():
+            mean = mean_of(call.function, call.args, call.kwargs)
+            if mean is not None and call.inputs[0].dtype is torch.float32:
+                value = mean_on_device(call.inputs[0], mean.axes)
+                return value if mean.keeps_axes else value.flatten(-mean.axes - 1)
         return call.run()
 
     def _activated(self, call: Call, owner: Quantizer, tracker: Tracker) -> Tensor:

@@ -199,6 +199,17 @@ def test_networks_deploy_as_simulated(name, tmp_path):
     assert deployed.sqnr_db >= 100
 
 
+def test_means_halfway_between_two_levels_round_as_the_device_rounds_them(tmp_path):
+    """The pool and the layer behind it share a scale, because both see 6: one mean in eight is a tie."""
+    net = ZOO["MobileNetV2-like"]
+    model = lived_in(net.make())
+    generator = torch.Generator().manual_seed(0)
+    quantizer = OfflineQuantizer(model, method="ema")
+    quantizer.calibrate([torch.randn(net.shape, generator=generator) for _ in range(3)])
+    deployed = quantizer.deploy(tmp_path / "m", torch.randn(net.shape, generator=generator), dynamo=False)
+    assert deployed.sqnr_db >= 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", list(ZOO))
