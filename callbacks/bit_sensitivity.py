@@ -21,7 +21,7 @@ from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer, why_not_stored
 from slimtrain.core import LayerState, WeightMode, sqnr_db
 from slimtrain.core.bit_choice import FLOAT_BITS, BitResult, BitSensitivity, stored_size
-from slimtrain.core.progress import with_progress
+from slimtrain.proto.progress import with_progress
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from typing import Any, Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from slimtrain.callbacks.deployment import IntegerLayer
 from slimtrain.callbacks.layers import is_depthwise
-from slimtrain.core import Grid
+from slimtrain.core import Grid, simulate_mean
 
 # x86 stores levels as unsigned bytes
 _STORAGE_OFFSET = 128
@@ -52,18 +51,8 @@ def input_levels(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 def mean_on_device(x: Tensor, axes: int) -> Tensor:
-    """The mean over the last axes as MNN computes it: a float32 sum from the first value to the last, then a division.
-
-    The order matters where the mean of a few levels lies halfway between two, and the next layer rounds it.
-
-    Args:
-        x: float32.
-        axes: how many; they stay, with length 1.
-    """
-    values = x.flatten(x.dim() - axes)
-    sums = np.add.accumulate(values.cpu().numpy(), axis=-1, dtype=np.float32)[..., -1]
-    mean = torch.from_numpy(np.ascontiguousarray(sums)).to(x.device) / values.shape[-1]
-    return mean.reshape(*x.shape[:x.dim() - axes], *(1,) * axes)
+    """:func:`slimtrain.core.simulate_mean` on float32 tensors."""
+    return torch.from_numpy(simulate_mean(x.cpu().numpy(), axes)).to(x.device)
 
 
 def _sums(function: Callable[..., Tensor], x: Tensor, weight: Tensor, rest: Sequence[Any], x_grid: Grid,

@@ -40,8 +40,8 @@ from slimtrain.core import (
     toolbox_rule,
     truncate_weight,
 )
-from slimtrain.core.progress import with_progress
 from slimtrain.proto import save_parameterless
+from slimtrain.proto.progress import with_progress
 
 logger = logging.getLogger(__name__)
 

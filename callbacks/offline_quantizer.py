@@ -32,7 +32,7 @@ from slimtrain.core import (
     weight_grid,
     weight_scales,
 )
-from slimtrain.core.progress import with_progress
+from slimtrain.proto.progress import with_progress
 
 logger = logging.getLogger(__name__)
 

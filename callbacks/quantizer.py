@@ -20,7 +20,7 @@ from slimtrain.callbacks.tracking import Handler, OwnHook, Tracker
 from slimtrain.callbacks.weight_decay import ScaleGroups
 from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, activation_grid, mse_scale
 from slimtrain.core import Quantizer as Owner
-from slimtrain.core.progress import with_progress
+from slimtrain.proto.progress import with_progress
 
 logger = logging.getLogger(__name__)
 

@@ -119,6 +119,7 @@ from slimtrain.core.simulator import (
     same_padding,
     simulate_conv,
     simulate_linear,
+    simulate_mean,
 )
 from slimtrain.core.spectra import chosen_spectra, spectra_from_json, spectra_to_json
 from slimtrain.core.stages import Export, Kind, Stage
@@ -283,6 +284,7 @@ __all__ = [
     "schedule_between",
     "select",
     "simulate_conv",
+    "simulate_mean",
     "simulate_linear",
     "sparsity_of",
     "spectra_from_json",

@@ -215,6 +215,24 @@ def _to_levels(real: np.ndarray, grid: Grid) -> np.ndarray:
     return np.clip(round_half_away(real), grid.lower, grid.upper).astype(np.int32)
 
 
+def simulate_mean(x: np.ndarray, axes: int) -> np.ndarray:
+    """The mean over the last axes as MNN computes it: a float32 sum from the first value to the last, then a division.
+
+    The order shows where the mean of a few levels lies halfway between two levels of the next layer.
+
+    Args:
+        x: any numbers.
+        axes: how many; they stay, with length 1.
+
+    Returns:
+        float32.
+    """
+    kept: Tuple[int, ...] = x.shape[:x.ndim - axes]
+    values = np.asarray(x, np.float32).reshape(kept + (-1,))
+    sums = np.add.accumulate(values, axis=-1, dtype=np.float32)[..., -1]
+    return np.asarray(sums / np.float32(values.shape[-1]), np.float32).reshape(kept + (1,) * axes)
+
+
 def _column(values: np.ndarray) -> np.ndarray:
     return values[:, None, None]
 

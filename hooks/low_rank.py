@@ -26,7 +26,6 @@ from slimtrain.core import (
     toolbox_rule,
     truncate_weight,
 )
-from slimtrain.core.progress import with_progress
 from slimtrain.hooks.checks import check_editable
 from slimtrain.hooks.compositions import compositions
 from slimtrain.hooks.factor_chain import replace_layer
@@ -36,6 +35,7 @@ from slimtrain.hooks.strip import is_quantized
 from slimtrain.hooks.warm_start import start_common_variables
 from slimtrain.hooks.weight_file import read_weights
 from slimtrain.proto import save_parameterless
+from slimtrain.proto.progress import with_progress
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,6 @@ from slimtrain.core import (
     weight_scales,
 )
 from slimtrain.core import Quantizer as Owner
-from slimtrain.core.progress import with_progress
 from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.deployment import LayerSource, read_layers
 from slimtrain.hooks.export import export_model
@@ -38,6 +37,7 @@ from slimtrain.hooks.operations import leaves, read_network, translate
 from slimtrain.hooks.rewriting import Rewriting, int8_safe
 from slimtrain.hooks.simulation import InputGrid, simulate_network
 from slimtrain.proto import QuantMethod
+from slimtrain.proto.progress import with_progress
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from slimtrain.core import (
     receptive_fields,
     sample_stride,
 )
-from slimtrain.core.progress import with_progress
 from slimtrain.proto.onnx_check import open_session
 from slimtrain.proto.onnx_geometry import as_image, conv_geometry
 from slimtrain.proto.onnx_graph import OnnxGraph
 from slimtrain.proto.onnx_rewrite import Rewritten
+from slimtrain.proto.progress import with_progress
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What MNN computes for a rewritten ONNX model: convolutions integer for integer, everything else by onnxruntime."""
+"""What MNN computes for a rewritten ONNX model: convolutions and means as it does, everything else by onnxruntime."""
 from __future__ import annotations
 
 from typing import Dict, List
@@ -6,12 +6,20 @@ from typing import Dict, List
 import numpy as np
 import onnx
 
-from slimtrain.core import Activation, IntegerConv, Quantizer, input_levels, simulate_conv, stored_zero_point
+from slimtrain.core import (
+    Activation,
+    IntegerConv,
+    Quantizer,
+    input_levels,
+    simulate_conv,
+    simulate_mean,
+    stored_zero_point,
+)
 from slimtrain.proto.deployed import DeployedLayer
 from slimtrain.proto.onnx_check import open_session
 from slimtrain.proto.onnx_exactness import Step
 from slimtrain.proto.onnx_geometry import as_image, conv_geometry
-from slimtrain.proto.onnx_graph import OnnxGraph
+from slimtrain.proto.onnx_graph import OnnxGraph, attribute
 from slimtrain.proto.onnx_rewrite import Rewritten, steps_of
 
 Arrays = Dict[str, np.ndarray]
@@ -48,7 +56,9 @@ def simulate_onnx(rewritten: Rewritten, inputs: Arrays) -> Arrays:
             done.append(end)
         else:
             known = {name: constants[name] if name in constants else values[name] for name in node.input if name}
-            made = _run_node(node, known, rewritten.model)
+            axes = _averaged_axes(node, known)
+            made = {node.output[0]: simulate_mean(known[node.input[0]], axes)} if axes else \
+                _run_node(node, known, rewritten.model)
         values.update((name, _on_grid(name, value, rewritten, steps)) for name, value in made.items())
     return {value.name: values[value.name] for value in rewritten.model.graph.output}
 
@@ -71,6 +81,16 @@ def _convolution(node: onnx.NodeProto, layer: DeployedLayer, x: np.ndarray) -> n
     found = simulate_conv(input_levels(as_image(x), layer.input_scale, layer.input_grid), conv)
     result = found.astype(np.float32) * np.float32(layer.output_scale)
     return result if x.ndim == 4 else result[:, :, 0]
+
+
+def _averaged_axes(node: onnx.NodeProto, known: Arrays) -> int:
+    """Over how many last axes a node takes the mean and keeps them; 0 for anything else."""
+    if node.op_type != "ReduceMean" or not attribute(node, "keepdims", 1):
+        return 0
+    axes = known[node.input[1]] if len(node.input) > 1 and node.input[1] else attribute(node, "axes", ())
+    rank = known[node.input[0]].ndim
+    last = list(range(rank))[rank - len(axes):]
+    return len(axes) if sorted(int(axis) % rank for axis in axes) == last and len(axes) < rank else 0
 
 
 def _run_node(node: onnx.NodeProto, known: Arrays, model: onnx.ModelProto) -> Arrays:

@@ -19,6 +19,7 @@ from slimtrain.core import (
     same_padding,
     simulate_conv,
     simulate_linear,
+    simulate_mean,
     stored_zero_point,
     weight_grid,
 )
@@ -273,3 +274,16 @@ def test_what_overflows_32_bits_is_refused():
     conv = pointwise([[1], [1]], [3e9, 0.0], groups=2)
     with pytest.raises(ValueError, match="does not fit the 32-bit accumulator"):
         simulate_conv(np.ones((1, 2, 1, 1), int), conv)
+
+
+@pytest.mark.parametrize("shape, axes", [((2, 3, 5, 7), 2), ((2, 3, 16), 1), ((4, 1, 1), 2)])
+def test_a_mean_is_summed_from_the_first_value_to_the_last(shape, axes):
+    x = (np.random.RandomState(0).randint(-127, 128, shape) * np.float32(0.0472)).astype(np.float32)
+    found = simulate_mean(x, axes)
+    assert found.dtype == np.float32
+    assert found.shape == shape[:len(shape) - axes] + (1,) * axes
+    for index in np.ndindex(*shape[:len(shape) - axes]):
+        total = np.float32(0)
+        for value in x[index].ravel():
+            total = np.float32(total + value)
+        assert found[index].ravel()[0] == np.float32(total / np.float32(x[index].size))

@@ -156,6 +156,22 @@ def test_a_sum_is_on_its_grid_for_all_that_read_it(tmp_path):
     assert result.simulation_sqnr_db >= 100
 
 
+def test_means_halfway_between_two_levels_round_as_the_device_rounds_them(tmp_path):
+    """Both layers see 6 and so share a scale: of 16 levels, the mean of one in sixteen lies halfway between two."""
+    rng = np.random.RandomState(12)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"], name="conv"),
+             helper.make_node("Clip", ["a", "zero", "six"], ["b"]),
+             helper.make_node("GlobalAveragePool", ["b"], ["c"]),
+             helper.make_node("Conv", ["c", "v"], ["y"], name="head")]
+    constants = {"w": normal(rng, 64, 4, 1, 1), "v": normal(rng, 10, 64, 1, 1), "zero": np.float32(0),
+                 "six": np.float32(6)}
+    images = normal(rng, 8, 4, 4, 4, gain=3)
+    images[0] = 40
+    model = model_of(nodes, constants, {"x": [8, 4, 4, 4]}, {"y": [8, 10, 1, 1]})
+    _, result = deployed(model, OfflineSettings(ActivationMethod.EMA), tmp_path, [{"x": images}])
+    assert result.simulation_sqnr_db >= 100
+
+
 @pytest.mark.parametrize("attributes", [
     {"auto_pad": "SAME_UPPER", "strides": [2, 1]}, {"auto_pad": "SAME_LOWER", "strides": [2, 1]},
     {"pads": [1, 0, 2, 3], "dilations": [1, 2]}, {"auto_pad": "VALID"}], ids=lambda value: str(sorted(value)))

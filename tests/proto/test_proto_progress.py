@@ -4,7 +4,7 @@ import io
 import pytest
 from rich.console import Console
 
-from slimtrain.core.progress import with_progress
+from slimtrain.proto.progress import with_progress
 
 
 def console(terminal):
