@@ -3,8 +3,7 @@
     python tests/bench/bench_torch_pruning.py [--rounds 15] [--json FILE]
 
 Events run on one core and are measured in its CPU time, which is the time on the clock of a machine that does nothing
-else; steps take turns, so that whatever else the machine does hits both of a pair. The exit code tells whether every
-limit holds.
+else. The exit code tells whether every limit holds.
 """
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
 from rich.console import Console
 from rich.table import Table
 
-from bench_torch_qat import medians, mobilenet
+from bench_torch_qat import mobilenet
 from digits_torch import conv_net
 from slimtrain.callbacks import SIMDOCPruner, SNIPLevelPruner, TaylorFOChannelPruner
 from slimtrain.callbacks.onnx_export import export_float
@@ -32,6 +31,7 @@ from slimtrain.proto import ConvertOptions, convert, run_model
 from zoo import ResNet, ShuffleNet, lived_in
 
 BATCH, PIXELS = 8, 112
+WARM_UP = 3
 LIMITS = {"finding ratios (s)": 0.15, "a pruning event (s)": 0.1, "a step that keeps zeros / float step": 1.03,
           "1x4 at 0.7, 8-bit sparse / dense": 0.55}
 
@@ -65,26 +65,26 @@ def event_times(kind):
 
 
 def step_ratio(rounds):
-    """Time of a step whose zeros are kept over that of a float step, ResNet-18."""
+    """Time of a ResNet-18's step whose zeros are kept over that of the same step without it, a median.
+
+    Both are timed in one run: between two runs of the same step there are differences of several percent.
+    """
     torch.manual_seed(0)
     images, labels = torch.randn(BATCH, 3, PIXELS, PIXELS), torch.randint(1000, (BATCH,))
-
-    def stepper(pruned):
-        model = ResNet(64, 1000).train()
-        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-        pruner = SNIPLevelPruner(model, 0.5, sensitivity_steps=1) if pruned else None
-
-        def step():
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            if pruner is not None:
-                pruner.do_pruning(None)
-
-        return step
-
-    kept, plain = medians(stepper(True), stepper(False), rounds)
-    return kept / plain
+    model = ResNet(64, 1000).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    pruner = SNIPLevelPruner(model, 0.5, sensitivity_steps=1)
+    ratios = []
+    for _ in range(WARM_UP + rounds):
+        moments = [time.perf_counter()]
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        moments.append(time.perf_counter())
+        pruner.do_pruning(None)
+        moments.append(time.perf_counter())
+        ratios.append((moments[2] - moments[0]) / (moments[1] - moments[0]))
+    return statistics.median(ratios[WARM_UP:])
 
 
 def converted(model, x, stem, options=None):
