@@ -28,6 +28,7 @@ EXTRA = {
     "cli_config.py": {"click", "rich"},
     "doctor.py": {"click", "rich", "importlib_metadata", "importlib.metadata"},
     "printing.py": {"click", "rich"},
+    "progress.py": {"rich"},
     "report.py": {"rich"},
     "report_page.py": {"jinja2", "matplotlib"},
     "report_table.py": {"rich"},
