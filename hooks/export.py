@@ -19,6 +19,7 @@ from slimtrain.hooks.compositions import merge_in_copy
 from slimtrain.hooks.deployment import DeployedLayer, deployed_scope
 from slimtrain.hooks.graph import Edge, connect, find_tensor, is_random
 from slimtrain.hooks.operations import Network
+from slimtrain.hooks.padding import exact_convolutions
 from slimtrain.hooks.rewriting import (
     Replacements,
     Rewriting,
@@ -105,6 +106,9 @@ def _frozen(session: tf.Session, copy: tf.Graph, rewriting: Rewriting, replaceme
     outputs = [find_tensor(copy, name).op.name for name in output_names]
     redirect(copy, {**replacements, **without_dropout(copy, rewriting.network)})
     renames = merge_in_copy(copy, session)
+    padded = exact_convolutions(copy, rewriting.network, {layer.source.layer.name for layer in rewriting.deployed})
+    redirect(copy, padded)
+    replacements = {**replacements, **padded}
     graph_def = _with_old_names(copy.as_graph_def(), {**renames, **_renames(replacements, rewriting.deployed)})
     frozen = tf.graph_util.convert_variables_to_constants(session, graph_def, outputs)
     frozen = tf.graph_util.remove_training_nodes(frozen, protected_nodes=outputs)

@@ -15,6 +15,7 @@ from slimtrain.hooks.deployment import DeployedLayer, deployed_scope, live_name
 from slimtrain.hooks.graph import Edge, connect, edges_from
 from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.operations import Network
+from slimtrain.hooks.padding import add_convolution
 from slimtrain.hooks.state import SCOPE
 
 
@@ -76,10 +77,7 @@ def _existing(graph: tf.Graph, name: str) -> Any:
 def _convolution(op: tf.Operation, values: tf.Tensor, kernel: tf.Tensor, kind: LayerKind) -> tf.Tensor:
     if kind is LayerKind.MATMUL:
         return tf.raw_ops.Conv2D(input=values, filter=kernel, strides=[1, 1, 1, 1], padding="VALID", name="convolution")
-    strides, dilations = list(op.get_attr("strides")), list(op.get_attr("dilations"))
-    make = tf.raw_ops.Conv2D if kind is LayerKind.CONV else tf.raw_ops.DepthwiseConv2dNative
-    return make(input=values, filter=kernel, strides=strides, padding=op.get_attr("padding").decode(),
-                dilations=dilations, name="convolution")
+    return add_convolution(op, kind, values, kernel, "convolution")
 
 
 def add_poolings(graph: tf.Graph, network: Network, safe: Sequence[str]) -> Replacements:
