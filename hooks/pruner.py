@@ -191,10 +191,10 @@ class Pruner:
         return {name: value > 0 for name, value in sess.run(self.keeps).items()}
 
     def zero(self, name: str) -> tf.Operation:
-        """Set the pruned values of one variable to zero."""
+        """Set the pruned values of one variable to zero, NaN and infinity too."""
         variable = self._masked()[name]
         with tf.device(variable.device):
-            return tf.assign(variable, variable.read_value() * self.keeps[name].read_value()).op
+            return tf.assign(variable, tf.math.multiply_no_nan(variable.read_value(), self.keeps[name].read_value())).op
 
     def decision(self, events: tf.Tensor, scores: Mapping[str, tf.Tensor], device: str) -> tf.Operation:
         """Take the decision of the last of ``events`` events, and remember it.

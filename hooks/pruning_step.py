@@ -64,18 +64,20 @@ def add_to_step(pruner: Pruner, sensors: Optional[Sensors], window: int, decides
     count = counting_operation(pruner.graph, set(pruner.weights), updates)
     before = everything_before(count)
     trained = {name for name in pruner.keeps if name in updates and updates[name].op.name in before}
-    with tf.name_scope(SCOPE + "/step/"), tf.control_dependencies([updates[name].op for name in sorted(trained)]):
-        step = tf.cast(tf.train.get_global_step(pruner.graph).read_value(), tf.int64)
-        done = [tf.no_op()]
-        if decides and sensors is not None:
-            measured = {name: updates[name] for name in pruner.weights
-                        if name in trained and updates[name].gradient is not None}
-            done = [_look(pruner, sensors, measured, step, window)]
-        if decides:
-            with tf.control_dependencies(done):
-                done = [_decide(pruner, sensors, step, [] if sensors is None else list(measured))]
-        with tf.control_dependencies(done):
-            zeroed = [pruner.zero(name) for name in pruner.keeps if name in trained or name not in updates]
+    with tf.name_scope(SCOPE + "/step/"):
+        # each right after its update, while other gradients are still computed: at the end nothing else would run
+        zeroed = [_zero_after([updates[name].op], pruner, name) for name in sorted(trained)]
+        with tf.control_dependencies(zeroed):
+            step = tf.cast(tf.train.get_global_step(pruner.graph).read_value(), tf.int64)
+            done = [tf.no_op()]
+            if decides and sensors is not None:
+                measured = {name: updates[name] for name in pruner.weights
+                            if name in trained and updates[name].gradient is not None}
+                done = [_look(pruner, sensors, measured, step, window)]
+            if decides:
+                with tf.control_dependencies(done):
+                    done = [_decide(pruner, sensors, step, [] if sensors is None else list(measured), sorted(trained))]
+            zeroed = done + [_zero_after(done, pruner, name) for name in pruner.keeps if name not in updates]
     count._add_control_inputs(zeroed)  # TensorFlow has no public way to add a control edge
     return trained
 
@@ -171,8 +173,14 @@ def _take_in(pruner: Pruner, mean: Any, name: str, update: Update, share: tf.Ten
         return tf.assign_add(mean, share * (score - mean.read_value()))
 
 
-def _decide(pruner: Pruner, sensors: Optional[Sensors], step: tf.Tensor, measured: Sequence[str]) -> tf.Operation:
-    """Take the decision of the last event that is due."""
+def _zero_after(ops: Sequence[tf.Operation], pruner: Pruner, name: str) -> tf.Operation:
+    with tf.control_dependencies(ops):
+        return pruner.zero(name)
+
+
+def _decide(pruner: Pruner, sensors: Optional[Sensors], step: tf.Tensor, measured: Sequence[str],
+            trained: Sequence[str]) -> tf.Operation:
+    """Take the decision of the last event that is due, and set to zero what it prunes of the trained variables."""
     due = events_due(pruner.schedule, step)
     wanted = due > pruner.events.read_value()
     if sensors is not None:
@@ -181,7 +189,8 @@ def _decide(pruner: Pruner, sensors: Optional[Sensors], step: tf.Tensor, measure
 
     def decide() -> tf.Tensor:
         scores = {} if sensors is None else {name: sensors.scores[name].read_value() for name in measured}
-        with tf.control_dependencies([pruner.decision(due, scores, device)]):
+        decision = pruner.decision(due, scores, device)
+        with tf.control_dependencies([_zero_after([decision], pruner, name) for name in trained]):
             return tf.constant(True)
 
     return tf.cond(wanted, decide, lambda: tf.constant(False)).op

@@ -114,6 +114,24 @@ def test_every_checkpoint_is_as_sparse_as_its_step(pruner, tmp_path):
     assert shares == pytest.approx([0, 0] + [wanted[0]] * 2 + [wanted[1]] * 2 + [wanted[2]] * 4, abs=tolerance)
 
 
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_step_that_overflows_leaves_zeros_at_zero(pruner, tmp_path):
+    with tf.Graph().as_default():
+        x, train, step, made = build(pruner, str(tmp_path), output_names=None, export_dir=None)
+        with pruned_run.session(tmp_path, made, 1) as run:
+            for number in range(8):
+                run.run(train, {x: batch(number)})
+            run.run(train, {x: np.full_like(batch(8), np.nan)})
+            keeps = run.run(made[0].pruner.keeps)
+        variables = set(made[0].pruner.keeps) & {v.op.name for v in tf.trainable_variables()}
+    reader = tf.train.load_checkpoint(str(tmp_path / "ckpt" / "model.ckpt-9"))
+    assert variables >= set(WEIGHTS)
+    for name in variables:
+        value = reader.get_tensor(name)
+        assert (value[keeps[name] == 0] == 0).all()
+        assert not np.isfinite(value[keeps[name] == 1]).any()
+
+
 @pytest.mark.parametrize("pruner, options", [
     ("SNIPLevelPruner", ["--quantize"]), pytest.param("TaylorFOChannelPruner", [], marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_one_never_killed(pruner, options, tmp_path):
