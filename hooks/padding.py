@@ -35,8 +35,8 @@ class _Axis(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Whether MNN begins at the first value for certain: of one value that is not read, the half is none."""
-        return self.stride - self.extent < 2 or (self.size is not None and (self.lacking or 0) > -2)
+        """Whether MNN begins at the first value, whatever the size: of one value that is not read, the half is none."""
+        return self.stride - self.extent < 2
 
 
 def add_convolution(op: tf.Operation, kind: LayerKind, values: tf.Tensor, kernel: tf.Tensor, name: str) -> tf.Tensor:
@@ -102,10 +102,10 @@ def _axes(op: tf.Operation, values: tf.Tensor, kernel: tf.Tensor) -> List[_Axis]
 def _cropped(values: tf.Tensor, axes: Sequence[_Axis], name: str) -> tf.Tensor:
     """The values up to the last that is read: from here on SAME has nothing left to take away."""
     with tf.name_scope(name):
-        ends = [_end(values, index + 1, axis) for index, axis in enumerate(axes)]
-        zeros, ones = [0] * 4, [1] * 4
-        return tf.strided_slice(values, zeros, tf.stack([0] + ends + [0]), ones, begin_mask=0b1111, end_mask=0b1001,
-                                name="slice")
+        ends = [0 if axis.is_exact else _end(values, index, axis) for index, axis in enumerate(axes, 1)]
+        whole = sum(1 << index for index, axis in enumerate(axes, 1) if axis.is_exact)
+        return tf.strided_slice(values, [0] * 4, tf.stack([0] + ends + [0]), [1] * 4, begin_mask=0b1111,
+                                end_mask=0b1001 | whole, name="slice")
 
 
 def _end(values: tf.Tensor, index: int, axis: _Axis) -> Any:

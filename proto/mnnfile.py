@@ -70,7 +70,7 @@ class MnnModel(NamedTuple):
     ``layers`` are the operators with weights, in the order of execution; ``writers`` names the kind of
     operator that writes each tensor; ``steps`` is the scale of each tensor that lies on a grid, to the six
     decimals of the dump; ``wrong`` describes each operator that the runtime computes wrongly, because what it
-    reads or writes has a zero point.
+    reads or writes has a zero point, or because it is padded in another way than where it comes from.
     """
 
     layers: Tuple[MnnLayer, ...]
@@ -142,7 +142,7 @@ def parse_dump(lines: Iterable[str], source: str = "model") -> MnnModel:
             layers += _layers(nodes, tensors)
             writers.update({tensors[index]: node["type"] for node in nodes for index in _outputs(node)})
             steps.update(_steps(nodes, tensors, described))
-            wrong += _wrong(nodes, tensors, described)
+            wrong += [*_wrong(nodes, tensors, described), *_begins_elsewhere(nodes, tensors)]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConversionError(f"{source}: cannot make sense of the converter's dump: {error!r}") from error
     return MnnModel(tuple(layers), writers, steps, tuple(wrong))
@@ -263,3 +263,24 @@ def _wrong(nodes: List[Node], tensors: List[str], described: List[Node]) -> Iter
                 if zeros.get(index):
                     yield f"{node['type']} of {tensors[_outputs(node)[0]]} (zero point {zeros[index]})"
                     break
+
+
+def _begins_elsewhere(nodes: List[Node], tensors: List[str]) -> Iterator[str]:
+    """Convolutions for which SAME may ask for less than no padding: MNN then skips the first values, others none.
+
+    What a slice cuts off before a convolution is taken to be just that: exported models have it so.
+    """
+    writers = {index: node for node in nodes for index in _outputs(node)}
+    for node in nodes:
+        common = node["main"]["common"] if node["type"] in ("Convolution", "ConvolutionDepthwise") else {}
+        if common.get("padMode") != "SAME":
+            continue
+        source = writers.get(node["inputIndexes"][0], {})
+        while source.get("type") == "ConvertTensor":
+            source = writers.get(source["inputIndexes"][0], {})
+        for axis in "YX" if source.get("type") != "StridedSlice" else "":
+            extent = (common["kernel" + axis] - 1) * common["dilate" + axis] + 1
+            if common["stride" + axis] - extent > 1:
+                yield (f"{node['type']} of {tensors[_outputs(node)[0]]} (SAME padding for a kernel of {extent} with a "
+                       f"stride of {common['stride' + axis]}; right for some sizes of its input only)")
+                break

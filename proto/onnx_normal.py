@@ -50,7 +50,7 @@ def normal_form(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = OnnxGraph(_without_constant_inputs(_recent(model)))
     _constants_to_initializers(graph)
     for node in list(graph.nodes):
-        if node.op_type == "Conv" and attribute(node, "auto_pad") == b"SAME_LOWER":
+        if node.op_type in ("Conv", "MaxPool", "AveragePool"):
             _write_padding(graph, node)
         if node.op_type == "Gemm":
             _fold_gemm_factors(graph, node)
@@ -90,18 +90,27 @@ def _constants_to_initializers(graph: OnnxGraph) -> None:
 
 
 def _write_padding(graph: OnnxGraph, node: onnx.NodeProto) -> None:
-    """Write SAME_LOWER as numbers: MNN puts an odd one on the other side."""
-    weight, shape = graph.constant(node.input[1]), graph.shapes().get(node.input[0], [])[2:]
-    if weight is None:
+    """Write SAME padding as numbers where MNN has it otherwise.
+
+    It puts an odd one of SAME_LOWER on the other side, and begins a convolution elsewhere whose kernel is shorter than
+    its stride by two or more, so that SAME asks for less than none: nothing is padded then.
+    """
+    mode = attribute(node, "auto_pad", b"NOTSET")
+    weight = graph.constant(node.input[1]) if node.op_type == "Conv" else None
+    window = list(attribute(node, "kernel_shape", []) if weight is None else weight.shape[2:])
+    strides = list(attribute(node, "strides", [1] * len(window)))
+    extents = [(size - 1) * step + 1 for size, step in zip(window, attribute(node, "dilations", [1] * len(window)))]
+    skips = node.op_type == "Conv" and any(stride - extent > 1 for stride, extent in zip(strides, extents))
+    if not window or not (mode == b"SAME_LOWER" or (mode == b"SAME_UPPER" and skips)):
         return
-    strides = list(attribute(node, "strides", [1] * (weight.ndim - 2)))
-    if set(strides) == {1}:
+    shape = graph.shapes().get(node.input[0], [])[2:]
+    if all(stride == 1 or extent == 1 for stride, extent in zip(strides, extents)):
         shape = [1] * len(strides)  # the padding does not depend on it
     if len(shape) != len(strides) or None in shape:
-        logger.warning("%s is padded by SAME_LOWER and the size of its input is not known: where the padding is odd, "
-                       "MNN puts the odd one on the other side", node.output[0])
+        logger.warning("%s is padded by %s and the size of its input is not known: MNN may put the padding elsewhere",
+                       node.output[0], mode.decode())
         return
-    padding = conv_geometry(node, weight.shape, [int(size or 1) for size in shape]).padding[-len(strides):]
+    padding = conv_geometry(node, [1, 1, *window], [int(size or 1) for size in shape]).padding[-len(strides):]
     kept = [item for item in node.attribute if item.name not in ("auto_pad", "pads")]
     del node.attribute[:]
     node.attribute.extend(kept)

@@ -200,6 +200,29 @@ def test_odd_padding_is_on_the_side_that_the_file_says(mode, stride, tmp_path):
     assert result.reference_sqnr_db > 35
 
 
+@pytest.mark.parametrize("mode", ["SAME_LOWER", "SAME_UPPER"])
+@pytest.mark.parametrize("kernel, stride, size", [((1, 1), 3, (12, 12)), ((1, 3), 3, (12, 10)), ((3, 3), 5, (13, 10))])
+def test_a_kernel_that_skips_values_begins_at_the_first(mode, kernel, stride, size, tmp_path):
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], auto_pad=mode, strides=[stride, stride])]
+    outputs = {"y": ["n", 4, *(-(-each // stride) for each in size)]}
+    model = model_of(nodes, {"w": normal(np.random.RandomState(13), 4, 3, *kernel)}, {"x": ["n", 3, *size]}, outputs)
+    _, result = deployed(model, OfflineSettings(), tmp_path, batches(1, (1, 3, *size)))
+    assert result.simulation_sqnr_db >= 100
+    assert result.reference_sqnr_db > 35
+
+
+@pytest.mark.parametrize("kind", ["MaxPool", "AveragePool"])
+def test_poolings_are_padded_on_the_side_that_the_file_says(kind, tmp_path):
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"]),
+             helper.make_node(kind, ["a"], ["b"], kernel_shape=[3, 2], strides=[2, 2], auto_pad="SAME_LOWER"),
+             helper.make_node("Conv", ["b", "v"], ["y"])]
+    constants = {name: normal(np.random.RandomState(13), 4, inputs, 1, 1) for name, inputs in (("w", 3), ("v", 4))}
+    model = model_of(nodes, constants, {"x": ["n", 3, 8, 7]}, {"y": ["n", 4, 4, 4]})
+    _, result = deployed(model, OfflineSettings(), tmp_path, batches(1, (1, 3, 8, 7)))
+    assert result.simulation_sqnr_db >= 100
+    assert result.reference_sqnr_db > 25
+
+
 def test_a_depthwise_bias_is_the_nearest_whole_number_of_accumulator_steps():
     quantized = quantize_onnx(everything(), batches(2))
     (layer,) = [layer for layer in quantized.rewritten.layers.values() if layer.name == "deep"]
