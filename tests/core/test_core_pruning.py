@@ -103,6 +103,21 @@ def test_blocks_run_along_the_output_channels_and_the_last_is_shorter():
     assert keep[8:].any() and not keep[8:].all()
 
 
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("axes", [(1, 2, 3, 0), (2, 3, 1, 0), (3, 0, 2, 1)])
+def test_the_order_in_memory_changes_no_mask_and_is_kept(block, axes):
+    scores = some_scores(3, {"a": (16, 3, 3, 5), "b": (9, 6, 2, 1), "c": (8, 3, 1, 7)})
+    turned = {name: np.ascontiguousarray(score.transpose(axes)).transpose(np.argsort(axes))
+              for name, score in scores.items()}
+    first, found = global_keep(scores, 0.4, block), global_keep(turned, 0.4, block)
+    wanted, later = (global_keep(*arguments) for arguments in (
+        (scores, 0.7, block, 0.8, first), (turned, 0.7, block, 0.8, found)))
+    for name in scores:
+        np.testing.assert_array_equal(found[name], first[name])
+        np.testing.assert_array_equal(later[name], wanted[name])
+    assert all(later[name].transpose(axes).flags.c_contiguous for name in ("a", "c"))  # "b" ends within a block
+
+
 def test_what_is_pruned_stays_pruned():
     first = global_keep(some_scores(1), 0.4)
     second = global_keep(some_scores(2), 0.6, alive=first)
