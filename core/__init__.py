@@ -59,7 +59,7 @@ from slimtrain.core.layer_reports import ExpandedLine, FactorizedLayer, describe
 from slimtrain.core.layer_statistics import LayerStatistics, SeenLayer, quantization_statistics
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
-from slimtrain.core.observers import Observation, observe, observe_sample, sample_stride
+from slimtrain.core.observers import Observation, observe, observe_sample, observe_together, sample_stride
 from slimtrain.core.pipeline import Pipeline, PipelineError
 from slimtrain.core.pipeline_flag import add_compress_flag, define_compress_flag
 from slimtrain.core.pipeline_text import load_pipeline, to_short, to_yaml
@@ -265,6 +265,7 @@ __all__ = [
     "natural_factorization",
     "observe",
     "observe_sample",
+    "observe_together",
     "output_error",
     "pipeline_schema",
     "place",

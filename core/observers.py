@@ -6,7 +6,7 @@ power of two. It widens by merging pairs of bins, so that it is at any time the 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -83,6 +83,19 @@ def observe_sample(seen: Observation, lowest: float, highest: float, part: np.nd
         min(lowest, 0.0) if first else EMA_DECAY * seen.average_lowest + (1 - EMA_DECAY) * min(lowest, 0.0),
         max(highest, 0.0) if first else EMA_DECAY * seen.average_highest + (1 - EMA_DECAY) * max(highest, 0.0),
         seen.zeros + zeros, limit, counts + _widened(seen.counts, seen.limit, limit))
+
+
+def observe_together(seen: Observation, values: Sequence[np.ndarray]) -> Observation:
+    """As :func:`observe`, for the tensors of one batch that share a scale.
+
+    Raises:
+        ValueError: a tensor is empty or not finite.
+    """
+    flat = [np.asarray(value).reshape(-1) for value in values]
+    if not all(value.size for value in flat):
+        raise ValueError("cannot observe an empty tensor, shapes %s" % [np.shape(value) for value in values])
+    return observe_sample(seen, min(float(value.min()) for value in flat), max(float(value.max()) for value in flat),
+                          np.concatenate([sample(value) for value in flat]))
 
 
 def sample(flat: np.ndarray) -> np.ndarray:

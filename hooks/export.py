@@ -191,7 +191,8 @@ def _renames(replacements: Replacements, deployed: Sequence[DeployedLayer]) -> D
                if tensor.op.type != "Placeholder"}
     for layer in deployed:
         exported, live = layer.params.output_names[:2]
-        renames[deployed_scope(layer.params.name) + "convolution"] = layer.params.name
+        if layer.source.call.fused.partition(":")[0] != layer.params.name:  # else a bias that it had not has its name
+            renames[deployed_scope(layer.params.name) + "convolution"] = layer.params.name
         renames[live] = exported
     return renames
 

@@ -13,6 +13,7 @@ from slimtrain.core import (
     ConversionError,
     Coverage,
     Grid,
+    InputMoments,
     LayerCall,
     LayerCoverage,
     LayerState,
@@ -21,9 +22,8 @@ from slimtrain.core import (
     activation_grid,
     calibrated_scale,
     method_of,
-    observe_sample,
+    observe_together,
     place,
-    sample_stride,
     select,
     weight_grid,
     weight_scales,
@@ -31,11 +31,14 @@ from slimtrain.core import (
 from slimtrain.core import Quantizer as Owner
 from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.deployment import LayerSource, read_layers
+from slimtrain.hooks.equalization import equalize as equalize_graph
 from slimtrain.hooks.export import export_model
 from slimtrain.hooks.layers import Layer
 from slimtrain.hooks.operations import leaves, read_network, translate
 from slimtrain.hooks.rewriting import Rewriting, int8_safe
+from slimtrain.hooks.rounded_weights import ChosenWeight, add_layer_moments, rounded_by_data
 from slimtrain.hooks.simulation import InputGrid, simulate_network
+from slimtrain.hooks.weight_fake_quant import core_order
 from slimtrain.proto import QuantMethod
 from slimtrain.proto.progress import with_progress
 
@@ -61,6 +64,11 @@ class OfflineQuantizer:
         weight_method: how weights find theirs: "max_abs", "admm" or "mse".
         weight_bits, activation_bits: instead of ``bits``.
         unsigned_activations: below 8 bits, give activations that are never negative the range 0..2^bits - 1.
+        equalize: first let layers in a row trade the ranges of their channels (Nagel et al., ICCV 2019): ``clean`` is
+            then a graph that computes what was given, but for float rounding.
+        correct_bias: give the outputs of quantized layers the mean back that rounding takes (the same, section 4.2).
+        adaptive_rounding: round weights by what the layers compute, not to the nearest level (objective of AdaRound,
+            Nagel et al., ICML 2020); for few bits.
         output_names: what leaves the network; None for everything that nothing reads.
 
     Raises:
@@ -71,25 +79,19 @@ class OfflineQuantizer:
     def __init__(self, graph: Union[PathLike, Any], skip_quant_layers: Sequence[str] = (), bits: int = 8,
                  debug_info: bool = False, *, method: Union[str, ActivationMethod] = ActivationMethod.MSE,
                  weight_method: Union[str, WeightMethod] = WeightMethod.MSE, weight_bits: Optional[int] = None,
-                 activation_bits: Optional[int] = None, unsigned_activations: bool = True,
+                 activation_bits: Optional[int] = None, unsigned_activations: bool = True, equalize: bool = False,
+                 correct_bias: bool = False, adaptive_rounding: bool = False,
                  output_names: Optional[Sequence[str]] = None) -> None:
         self.method, self.weight_method = method_of(ActivationMethod, method), method_of(WeightMethod, weight_method)
         self.weight_grid = weight_grid(bits if weight_bits is None else weight_bits)
         self._activation_bits = activation_grid(bits if activation_bits is None else activation_bits).bits
         self._unsigned, self._debug = unsigned_activations, debug_info
-        self.clean = graph if isinstance(graph, tf.GraphDef) else _read(graph)
-        self.graph = tf.Graph()
-        with self.graph.as_default():
-            tf.import_graph_def(self.clean, name="")
-            self._network = read_network(self.graph, output_names)
+        self._correct_bias, self._adaptive_rounding = correct_bias, adaptive_rounding
+        self._open(graph if isinstance(graph, tf.GraphDef) else _read(graph), output_names, skip_quant_layers)
+        if equalize:
+            equalize_graph(self.graph, self._network, self.layers)
+            self._open(self.graph.as_graph_def(), output_names, skip_quant_layers)
         self.output_names = tuple(output_names or sorted(self._network.outputs))
-        known = {name: layer for name, layer in self._network.layers.items() if not layer.reason}
-        self._skipped = set(select(list(self._network.layers), skip_quant_layers)) if skip_quant_layers else set()
-        self.layers: Dict[str, Layer] = {name: layer for name, layer in known.items() if name not in self._skipped}
-        if not self.layers:
-            raise ValueError("there is nothing to quantize: %s" % ("; ".join(
-                "%s: %s" % (name, layer.reason or "skipped") for name, layer in self._network.layers.items())
-                or "the graph has no convolution or matrix product with a constant weight"))
         ops = translate(self.graph, self._network, self.layers.values())
         ends = self._network.outputs or leaves(ops)
         self.output_names = self.output_names or tuple(ends)
@@ -100,6 +102,7 @@ class OfflineQuantizer:
             self._watched.setdefault(owner, []).append(tensor)
         self._seen: Dict[Owner, Observation] = {}
         self._scales: Dict[Owner, Tuple[float, Grid]] = {}
+        self._weights: Dict[str, ChosenWeight] = {}
 
     def calibrate(self, batches: Iterable[Any]) -> int:
         """Run the graph on batches and choose all scales; starts from nothing each time.
@@ -114,16 +117,22 @@ class OfflineQuantizer:
             ValueError: there was no batch, or a tensor is not finite.
         """
         seen = {owner: Observation() for owner in self._watched}
-        wanted = sorted({tensor for tensors in self._watched.values() for tensor in tensors})
+        readers = self.layers.values() if self._correct_bias or self._adaptive_rounding else ()
+        wanted = sorted({tensor for tensors in self._watched.values() for tensor in tensors}
+                        | {layer.input.name for layer in readers})
+        moments: Dict[str, InputMoments] = {}
         count = 0
         with tf.Session(graph=self.graph) as session:
             for batch in with_progress(batches, "calibrating"):
                 values = dict(zip(wanted, session.run(wanted, self._feeds(batch))))
                 for owner, tensors in self._watched.items():
-                    seen[owner] = _observed(seen[owner], [values[tensor].reshape(-1) for tensor in tensors], owner)
+                    seen[owner] = _observed(seen[owner], [values[tensor] for tensor in tensors], owner)
+                for layer in readers:
+                    add_layer_moments(moments, layer, values[layer.input.name])
                 count += 1
         if not count:
             raise ValueError("calibration needs at least one batch, got none")
+        self._weights = self._choose_weights(moments)
         self._seen = seen
         for owner, state in seen.items():
             grid = self._grid(owner, state)
@@ -143,6 +152,7 @@ class OfflineQuantizer:
             RuntimeError: the graph has not been calibrated.
             ConversionError: a part of the graph has no inference form.
         """
+        os.makedirs(os.path.dirname(os.path.abspath(os.fspath(stem))), exist_ok=True)
         with tf.Session(graph=self.graph) as session:
             export_model(os.fspath(stem), session, self.clean, self._rewriting(session), self.output_names)
 
@@ -174,6 +184,21 @@ class OfflineQuantizer:
 
     # -- inside
 
+    def _open(self, graph_def: Any, output_names: Optional[Sequence[str]], skipped: Sequence[str]) -> None:
+        """Take a graph, find its layers."""
+        self.clean, self.graph = graph_def, tf.Graph()
+        with self.graph.as_default():
+            tf.import_graph_def(self.clean, name="")
+            self._network = read_network(self.graph, output_names)
+        layers = self._network.layers
+        self._skipped = set(select(list(layers), skipped)) if skipped else set()
+        self.layers: Dict[str, Layer] = {name: layer for name, layer in layers.items()
+                                         if not layer.reason and name not in self._skipped}
+        if not self.layers:
+            raise ValueError("there is nothing to quantize: %s" % ("; ".join(
+                "%s: %s" % (name, layer.reason or "skipped") for name, layer in layers.items())
+                or "the graph has no convolution or matrix product with a constant weight"))
+
     def _feeds(self, batch: Any) -> Dict[str, np.ndarray]:
         if isinstance(batch, Mapping):
             return {name if ":" in name else name + ":0": value for name, value in batch.items()}
@@ -194,30 +219,43 @@ class OfflineQuantizer:
     def _rewriting(self, session: tf.Session) -> Rewriting:
         if not self._scales:
             raise RuntimeError("the graph has no scales yet: call calibrate(batches) first")
-        kernels = session.run({name: layer.kernel for name, layer in self.layers.items()})
         with self.graph.as_default():
-            sources = [self._source(call, kernels[call.layer]) for call in self._placement.calls]
+            sources = [self._source(call) for call in self._placement.calls]
         return Rewriting(self._network, self._safe, tuple(read_layers(sources, session)))
 
-    def _source(self, call: LayerCall, kernel: np.ndarray) -> LayerSource:
+    def _choose_weights(self, moments: Mapping[str, InputMoments]) -> Dict[str, ChosenWeight]:
+        chosen = {}
+        with tf.Session(graph=self.graph) as session:
+            kernels = session.run({name: layer.kernel for name, layer in self.layers.items()})
+            biases = session.run({name: layer.bias for name, layer in self.layers.items() if layer.bias is not None})
+        for name, layer in self.layers.items():
+            rows = np.transpose(kernels[name], core_order(layer))
+            weight = ChosenWeight(kernels[name], weight_scales(rows, self.weight_grid, self.weight_method), None)
+            chosen[name] = weight if name not in moments else rounded_by_data(
+                layer, weight, biases.get(name), self.weight_grid, moments[name], adaptive=self._adaptive_rounding,
+                correct_bias=self._correct_bias)
+        return chosen
+
+    def _source(self, call: LayerCall) -> LayerSource:
+        weight = self._weights[call.layer]
         layer = self.layers[call.layer]
-        rows = np.moveaxis(kernel, layer.channel_axis, 0)
-        steps = tf.constant(weight_scales(rows, self.weight_grid, self.weight_method))
+        if weight.bias is not None:
+            layer = layer._replace(bias=tf.constant(weight.bias))
         (input_scale, input_grid), (output_scale, output_grid) = self._scales[call.input], self._scales[call.output]
-        return LayerSource(layer, call, self._folded_norm(call), layer.kernel, steps, tf.constant(input_scale),
-                           tf.constant(output_scale), self.weight_grid, input_grid, output_grid, QuantMethod.QAT)
+        return LayerSource(
+            layer, call, self._folded_norm(call), tf.constant(weight.kernel), tf.constant(weight.scales),
+            tf.constant(input_scale), tf.constant(output_scale), self.weight_grid, input_grid, output_grid,
+            QuantMethod.QAT)
 
     def _folded_norm(self, call: LayerCall) -> Optional[BatchNorm]:
         return next((norm for norm in self._network.norms.values() if norm.input.name == call.tensor
                      and call.fused != call.tensor), None)
 
 
-def _observed(seen: Observation, flat: List[np.ndarray], owner: Owner) -> Observation:
+def _observed(seen: Observation, values: List[np.ndarray], owner: Owner) -> Observation:
     """One batch of all tensors that share a scale."""
-    part = np.concatenate([value[::sample_stride(value.size)] for value in flat])
     try:
-        return observe_sample(seen, min(float(value.min()) for value in flat),
-                              max(float(value.max()) for value in flat), part)
+        return observe_together(seen, values)
     except ValueError as error:
         raise ValueError("%s of layer %r: %s" % (owner.role.value, owner.layer, error)) from error
 

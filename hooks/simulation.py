@@ -11,10 +11,11 @@ from typing import Any, Callable, List, Mapping, NamedTuple, Sequence
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-from slimtrain.core import Activation, Grid, IntegerConv, input_levels, same_padding, simulate_conv
+from slimtrain.core import Activation, Grid, IntegerConv, input_levels, simulate_conv
 from slimtrain.core.winograd import simulate_winograd
 from slimtrain.hooks.deployment import DeployedLayer
 from slimtrain.hooks.export import inference_copy, without_dropout
+from slimtrain.hooks.geometry import convolution_geometry
 from slimtrain.hooks.graph import connect, edges_from, find_tensor
 from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.rewriting import Rewriting, redirect
@@ -92,19 +93,10 @@ def _integer_conv(deployed: DeployedLayer, size: Sequence[int]) -> IntegerConv:
     layer, params = deployed.source.layer, deployed.params
     kernel = np.moveaxis(deployed.kernel, layer.channel_axis if layer.kind is LayerKind.DEPTHWISE else 3, 0)
     levels = np.rint(kernel.astype(np.float64) / params.weight_scales.reshape(-1, 1, 1, 1)).astype(np.int32)
-    strides, dilations, padding = _geometry(layer, kernel.shape[1:3], size)
+    strides, padding, dilations = convolution_geometry(layer, kernel.shape[1:3], size)
     return IntegerConv(
         weight=np.moveaxis(levels, 3, 1), weight_scales=params.weight_scales, bias=deployed.bias,
         input_scale=params.input_scale, output_scale=params.output_scale, output_grid=params.output_grid,
         strides=strides, padding=padding, dilation=dilations,
         groups=layer.channels if layer.kind is LayerKind.DEPTHWISE else 1,
         activation=Activation(deployed.source.activation or "none"))
-
-
-def _geometry(layer: Any, kernel: Sequence[int], size: Sequence[int]) -> Any:
-    if layer.kind is LayerKind.MATMUL:
-        return (1, 1), (1, 1), ((0, 0), (0, 0))
-    strides, dilations = (tuple(layer.op.get_attr(name)[1:3]) for name in ("strides", "dilations"))
-    if layer.op.get_attr("padding") == b"VALID":
-        return strides, dilations, ((0, 0), (0, 0))
-    return strides, dilations, tuple(same_padding(*each) for each in zip(size, kernel, strides, dilations))

@@ -25,7 +25,7 @@ def store_weight(kernel: tf.Tensor, layer: Layer, bits: int, mode: WeightMode, b
         mode: symmetric or asymmetric.
         block_size: input channels that share a scale, 0 for all of them.
     """
-    order = _core_order(layer)
+    order = core_order(layer)
     shape = [kernel.shape.as_list()[axis] for axis in order]
     block = usable_block(shape, block_size)
     rows = tf.reshape(tf.transpose(kernel, order), [shape[0], shape[1] // block if block else 1, -1])
@@ -43,7 +43,7 @@ def store_weight(kernel: tf.Tensor, layer: Layer, bits: int, mode: WeightMode, b
 def stored_kernel(kernel: np.ndarray, layer: Layer, bits: int, mode: WeightMode,
                   block_size: int = 0) -> Tuple[StoredWeight, np.ndarray]:
     """What a file holds of a kernel, as [O, I, ...], and the kernel that it is restored to."""
-    order = _core_order(layer)
+    order = core_order(layer)
     stored = stored_weight(np.transpose(kernel, order), bits, mode, block_size)
     return stored, np.ascontiguousarray(np.transpose(stored.values, np.argsort(order)))
 
@@ -51,10 +51,10 @@ def stored_kernel(kernel: np.ndarray, layer: Layer, bits: int, mode: WeightMode,
 def core_shape(layer: Layer) -> List[int]:
     """The shape of a kernel as [O, I, ...]."""
     sizes = layer.kernel.shape.as_list()
-    return [int(sizes[axis]) for axis in _core_order(layer)]
+    return [int(sizes[axis]) for axis in core_order(layer)]
 
 
-def _core_order(layer: Layer) -> List[int]:
+def core_order(layer: Layer) -> List[int]:
     """The axes of a kernel in the order [O, I, height, width]; a depthwise one has one input."""
     if layer.kind is LayerKind.MATMUL:
         return [layer.channel_axis, 1 - layer.channel_axis]

@@ -14,9 +14,8 @@ from slimtrain.core import (
     Observation,
     Quantizer,
     add_moments,
-    observe_sample,
+    observe_together,
     receptive_fields,
-    sample_stride,
 )
 from slimtrain.proto.onnx_check import open_session
 from slimtrain.proto.onnx_geometry import as_image, conv_geometry
@@ -93,11 +92,8 @@ class _Runner:
 
 def _observed(seen: Observation, values: List[np.ndarray], owner: Quantizer) -> Observation:
     """One batch of all tensors that share a scale."""
-    flat = [value.reshape(-1) for value in values]
-    part = np.concatenate([value[::sample_stride(value.size)] for value in flat])
     try:
-        return observe_sample(seen, min(float(value.min()) for value in flat),
-                              max(float(value.max()) for value in flat), part)
+        return observe_together(seen, values)
     except ValueError as error:
         raise ValueError("layer %r, %s: %s" % (owner.layer, owner.role.value, error)) from error
 

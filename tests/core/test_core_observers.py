@@ -18,6 +18,7 @@ from slimtrain.core import (
     method_of,
     mse_scale,
     observe,
+    observe_together,
     sample_stride,
     weight_grid,
     weight_scales,
@@ -87,6 +88,17 @@ def test_extreme_values_are_counted(values):
 def test_values_that_cannot_be_observed_are_refused(values):
     with pytest.raises(ValueError, match="cannot observe"):
         observe(Observation(), values)
+
+
+def test_tensors_that_share_a_scale_are_one():
+    rng = np.random.RandomState(4)
+    parts = [rng.normal(size=(3, 7)).astype(np.float32), rng.normal(size=11).astype(np.float32) * 5]
+    together, one = observe_together(Observation(), parts), observe(Observation(), np.concatenate(
+        [part.reshape(-1) for part in parts]))
+    np.testing.assert_array_equal(together.counts, one.counts)
+    assert together._replace(counts=0) == one._replace(counts=0)
+    with pytest.raises(ValueError, match="empty"):
+        observe_together(Observation(), [np.zeros(2), np.zeros((0, 3))])
 
 
 def test_a_scale_of_nothing_is_refused():
