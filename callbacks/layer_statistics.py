@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterator, List, NamedTuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Union
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ from slimtrain.callbacks.factors import array_of
 from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.quantizer import arguments
-from slimtrain.core import LayerStatistics, SeenLayer, quantization_statistics
+from slimtrain.callbacks.weight_quantizer import WeightQuantizer
+from slimtrain.core import LayerStatistics, SeenLayer, quantization_statistics, range_of
 
 
-def layer_statistics(quantizer: QATQuantizer, example: Any) -> LayerStatistics:
+def layer_statistics(quantizer: Union[QATQuantizer, WeightQuantizer], example: Any) -> LayerStatistics:
     """Run the float model and the simulation on an example, and compare them layer by layer.
 
     Args:
@@ -29,14 +30,25 @@ def layer_statistics(quantizer: QATQuantizer, example: Any) -> LayerStatistics:
     simulated = _run(quantizer, example)
     if not present:
         quantizer.detach()
+    if isinstance(quantizer, WeightQuantizer):
+        return quantization_statistics(_stored(quantizer, plain, simulated))
+    return quantization_statistics(_quantized(quantizer, plain, simulated))
+
+
+def _quantized(quantizer: QATQuantizer, plain: _Seen, simulated: _Seen) -> Dict[str, SeenLayer]:
     seen = {}
     for layer in quantizer.deployed_layers():
         own = quantizer.scales[layer.name]
         trained = array_of(quantizer.layers[layer.name].weight)  # type: ignore[arg-type]
         seen[layer.name] = SeenLayer(
-            trained, own.weight_scale().max().item(), own.weight_grid, plain.inputs.get(layer.name), layer.input_scale,
-            layer.input_grid, plain.outputs.get(layer.name), simulated.outputs.get(layer.name))
-    return quantization_statistics(seen)
+            trained, plain.inputs.get(layer.name), plain.outputs.get(layer.name), simulated.outputs.get(layer.name),
+            range_of(own.weight_scale().max().item(), own.weight_grid), range_of(layer.input_scale, layer.input_grid))
+    return seen
+
+
+def _stored(quantizer: WeightQuantizer, plain: _Seen, simulated: _Seen) -> Dict[str, SeenLayer]:
+    return {name: SeenLayer(array_of(layer.weight), None, plain.outputs.get(name),  # type: ignore[arg-type]
+                            simulated.outputs.get(name)) for name, layer in quantizer.layers.items()}
 
 
 class _Seen(NamedTuple):
@@ -44,7 +56,7 @@ class _Seen(NamedTuple):
     outputs: Dict[str, np.ndarray]
 
 
-def _run(quantizer: QATQuantizer, example: Any) -> _Seen:
+def _run(quantizer: Union[QATQuantizer, WeightQuantizer], example: Any) -> _Seen:
     args, kwargs = arguments(example)
     seen = _Seen({}, {})
     # with gradients the simulation computes layer by layer; without, as the device does, with everything fused
@@ -54,7 +66,7 @@ def _run(quantizer: QATQuantizer, example: Any) -> _Seen:
 
 
 @contextlib.contextmanager
-def _watching(quantizer: QATQuantizer, seen: _Seen) -> Iterator[None]:
+def _watching(quantizer: Union[QATQuantizer, WeightQuantizer], seen: _Seen) -> Iterator[None]:
     handles: List[Any] = []
     for name, layer in quantizer.layers.items():
         def look(_: nn.Module, given: Any, output: Any, name: str = name) -> None:

@@ -9,6 +9,7 @@ from slimtrain.callbacks.callback import CompressionCallback, compressions
 from slimtrain.callbacks.layer_statistics import layer_statistics
 from slimtrain.callbacks.lightning_bases import Callback
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
+from slimtrain.callbacks.weight_quantizer import WeightQuantizer
 from slimtrain.core import CompressionReport, History, save_report
 from slimtrain.proto.conversion_report import LayerNote, conversion_report, joined
 from slimtrain.proto.report_page import write_page
@@ -71,7 +72,7 @@ def _report(title: str, exporter: Any, callbacks: List[CompressionCallback], his
     for callback in callbacks:
         pictures["spectra"].update(callback.spectra())
     quantizer = getattr(exporter, "_quantizer", None)
-    if isinstance(quantizer, QATQuantizer):
+    if isinstance(quantizer, (QATQuantizer, WeightQuantizer)):
         statistics = layer_statistics(quantizer, exporter.example())
         pictures.update(weights=statistics.weights, activations=statistics.inputs, layer_sqnr_db=statistics.sqnr_db)
     return conversion_report(title, stem + ".onnx", stem + ".compress_params.bin", exporter.deployed.mnn,

@@ -124,9 +124,14 @@ class WeightQuantizer:
         """Continue after :meth:`strip_wq_ops`."""
         self.attach()
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
+
     def attach(self) -> None:
         """Put hooks on the model; does nothing when they are there."""
-        if not self._handles:
+        if not self.is_attached:
             self._handles = self._tracker.attach()
 
     def detach(self) -> None:
@@ -151,7 +156,7 @@ class WeightQuantizer:
 
     def simulate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its stored weights in float64: the reference for what a device computes."""
-        attached = bool(self._handles)
+        attached = self.is_attached
         self.attach()
         try:
             return run_double(self.model, args, kwargs)

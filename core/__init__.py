@@ -56,7 +56,7 @@ from slimtrain.core.history import History
 from slimtrain.core.json_schema import pipeline_schema
 from slimtrain.core.kept_channels import ChannelPlan, LayerPlan, channel_plan, plan_keeps
 from slimtrain.core.layer_reports import ExpandedLine, FactorizedLayer, describe_factorized
-from slimtrain.core.layer_statistics import LayerStatistics, SeenLayer, quantization_statistics
+from slimtrain.core.layer_statistics import LayerStatistics, SeenLayer, quantization_statistics, range_of
 from slimtrain.core.lsq import lsq_gradient
 from slimtrain.core.metrics import max_steps, sqnr_db
 from slimtrain.core.observers import Observation, observe, observe_sample, observe_together, sample_stride
@@ -272,6 +272,7 @@ __all__ = [
     "plan_keeps",
     "plan_layers",
     "quantization_statistics",
+    "range_of",
     "quantize",
     "read_prune_ratios",
     "receptive_fields",

@@ -1,6 +1,7 @@
 """What quantization does to each layer of a network on an example: ranges, what they cut, and the error it makes."""
 from __future__ import annotations
 
+import math
 from typing import Dict, Mapping, NamedTuple, Optional
 
 import numpy as np
@@ -10,17 +11,31 @@ from slimtrain.core.grid import Grid
 from slimtrain.core.metrics import sqnr_db
 
 
+class Range(NamedTuple):
+    """The values that quantization keeps, from the lowest to the highest."""
+
+    low: float
+    high: float
+
+
+#: of what stays float, or is given a grid as wide as it is
+UNCLIPPED = Range(-math.inf, math.inf)
+
+
+def range_of(scale: float, grid: Grid) -> Range:
+    """What a grid spans, in the units of the values."""
+    return Range(scale * grid.lower, scale * grid.upper)
+
+
 class SeenLayer(NamedTuple):
     """A quantized layer on an example; what was not seen of it is None."""
 
     weight: np.ndarray                #: as it is trained, before quantization
-    weight_scale: float               #: the largest of its channels
-    weight_grid: Grid
     input: Optional[np.ndarray]       #: in the float network
-    input_scale: float
-    input_grid: Grid
     output: Optional[np.ndarray]      #: in the float network
     simulated: Optional[np.ndarray]   #: the same output in the simulation
+    weight_range: Range = UNCLIPPED   #: that of the channel with the largest scale
+    input_range: Range = UNCLIPPED
 
 
 class LayerStatistics(NamedTuple):
@@ -35,13 +50,9 @@ def quantization_statistics(layers: Mapping[str, SeenLayer]) -> LayerStatistics:
     """Histograms with the points at which quantization clips, and what it costs each output in dB."""
     statistics = LayerStatistics({}, {}, {})
     for name, seen in layers.items():
-        statistics.weights[name] = _clipped(seen.weight, seen.weight_scale, seen.weight_grid)
+        statistics.weights[name] = histogram(seen.weight, *seen.weight_range)
         if seen.input is not None:
-            statistics.inputs[name] = _clipped(seen.input, seen.input_scale, seen.input_grid)
+            statistics.inputs[name] = histogram(seen.input, *seen.input_range)
         if seen.output is not None and seen.simulated is not None and seen.output.shape == seen.simulated.shape:
             statistics.sqnr_db[name] = sqnr_db(seen.output, seen.simulated)
     return statistics
-
-
-def _clipped(values: np.ndarray, scale: float, grid: Grid) -> Histogram:
-    return histogram(values, scale * grid.lower, scale * grid.upper)

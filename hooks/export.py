@@ -33,6 +33,7 @@ from slimtrain.proto import quantize_algorithm, save_algorithm
 
 logger = logging.getLogger(__name__)
 
+_PLACEHOLDERS = frozenset({"Placeholder", "PlaceholderWithDefault"})
 _SOURCES = frozenset({"IteratorGetNext", "QueueDequeueV2", "QueueDequeueManyV2", "QueueDequeueUpToV2"})
 
 
@@ -172,6 +173,20 @@ def delivered_inputs(graph: tf.Graph, within: Set[str]) -> Dict[str, str]:
     wanted = [tensor.name for op in graph.get_operations() if op.type in _SOURCES and op.name in within
               for tensor in op.outputs if any(reader.name in within for reader in tensor.consumers())]
     return {name: "input" if len(wanted) == 1 else "input_{}".format(index) for index, name in enumerate(wanted)}
+
+
+def network_inputs(graph: tf.Graph, within: Set[str], inner: Set[str]) -> Dict[str, str]:
+    """The tensors that feed a network, and what an inference graph calls each; a switch is no input.
+
+    Args:
+        graph: that the network is in.
+        within: names of the operations of the network.
+        inner: of those, what its layers are computed from.
+    """
+    found = {op.outputs[0].name: op.name for op in graph.get_operations()
+             if op.name in inner and op.type in _PLACEHOLDERS and op.outputs[0].shape.rank != 0}
+    delivered = delivered_inputs(graph, within)
+    return {**found, **{name: given for name, given in delivered.items() if name.partition(":")[0] in inner}}
 
 
 def _placeholders(graph: tf.Graph, within: Set[str]) -> Replacements:

@@ -25,7 +25,7 @@ from slimtrain.hooks.checks import check_editable
 from slimtrain.hooks.compositions import check_merged
 from slimtrain.hooks.deployment import DeployedLayer, LayerSource, read_layers
 from slimtrain.hooks.depthwise import bias_on_grid
-from slimtrain.hooks.export import delivered_inputs, export_model, write_params_file
+from slimtrain.hooks.export import export_model, network_inputs, write_params_file
 from slimtrain.hooks.fake_quant import Levels, fake_quantize, levels_of
 from slimtrain.hooks.graph import ancestors
 from slimtrain.hooks.helpers import LAYER_TYPES, get_op_name_of_type
@@ -40,9 +40,6 @@ from slimtrain.hooks.window import make_window
 from slimtrain.proto import QuantMethod
 
 logger = logging.getLogger(__name__)
-
-_PLACEHOLDERS = ("Placeholder", "PlaceholderWithDefault")
-
 
 class Bits(NamedTuple):
     """Bit widths, 2 to 8."""
@@ -123,7 +120,7 @@ class GraphQuantizer:
             self._placement = place(ops, self._network.outputs or leaves(ops))
             self._safe = int8_safe(self._placement, ops)
             self._inner = ancestors(layer.input.op for layer in self.layers.values())
-            self.inputs.update(self._find_inputs())
+            self.inputs.update(network_inputs(self.graph, self._network.within, self._inner))
             self.clean = self.graph.as_graph_def()
             self.window = make_window(self.graph, next(iter(self.layers.values())).kernel)
             self.waiting = self.window.waiting()  #: bool tensor, while the network is trained in float; or None
@@ -306,14 +303,6 @@ class GraphQuantizer:
         raise NotImplementedError
 
     # -- inside
-
-    def _find_inputs(self) -> Dict[str, str]:
-        """The tensors that feed the quantized layers, and what an inference graph calls each; a switch is no input."""
-        found = {op.outputs[0].name: op.name for op in self.graph.get_operations()
-                 if op.name in self._inner and op.type in _PLACEHOLDERS and op.outputs[0].shape.rank != 0}
-        delivered = delivered_inputs(self.graph, self._network.within)
-        return {**found, **{name: given for name, given in delivered.items()
-                            if name.partition(":")[0] in self._inner}}
 
     def _state_tensor(self) -> tf.Tensor:
         if self._fixed_state is None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -13,12 +13,15 @@ from slimtrain.hooks.exporting_hook import ExportingHook
 from slimtrain.hooks.layer_statistics import layer_statistics
 from slimtrain.hooks.quantizer import GraphQuantizer
 from slimtrain.hooks.training_runs import TrainingRuns
+from slimtrain.hooks.weight_quantizer import WeightQuantizer
 from slimtrain.proto import Simulation, convert, verify
 from slimtrain.proto.conversion_report import LayerNote, conversion_report, joined
 from slimtrain.proto.report_page import write_page
 from slimtrain.proto.report_table import report_text
 
 logger = logging.getLogger(__name__)
+
+Quantizer = Union[GraphQuantizer, WeightQuantizer]
 
 #: images of the example; the simulation computes in integers and takes its time
 _MOST_IMAGES = 16
@@ -122,13 +125,13 @@ class CompressionReportHook(tf.train.SessionRunHook):
         return {name: float(value.mean()) if hasattr(value, "mean") else float(value) for name, value in values.items()}
 
 
-def _quantizer(hooks: List[ExportingHook]) -> Optional[GraphQuantizer]:
-    """The quantizer that one of the hooks trains with; None where activations stay float."""
+def _quantizer(hooks: List[ExportingHook]) -> Optional[Quantizer]:
+    """The quantizer that one of the hooks trains with; None where everything stays float."""
     found = (getattr(hook, "quantizer", None) for hook in hooks)
-    return next((each for each in found if isinstance(each, GraphQuantizer)), None)
+    return next((each for each in found if isinstance(each, (GraphQuantizer, WeightQuantizer))), None)
 
 
-def _few(quantizer: GraphQuantizer, values: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+def _few(quantizer: Quantizer, values: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
     """The first images, where the network takes any number of them."""
     shapes = [quantizer.graph.get_tensor_by_name(name).shape for name in quantizer.inputs]
     if all(shape.rank is None or shape.as_list()[0] is None for shape in shapes):

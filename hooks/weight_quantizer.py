@@ -21,7 +21,8 @@ from slimtrain.core import (
 )
 from slimtrain.hooks.checks import check_editable
 from slimtrain.hooks.compositions import check_merged
-from slimtrain.hooks.export import float_graph, params_bytes
+from slimtrain.hooks.export import float_graph, network_inputs, params_bytes
+from slimtrain.hooks.graph import ancestors
 from slimtrain.hooks.insertion import change_edge, strip
 from slimtrain.hooks.layers import Layer, LayerKind
 from slimtrain.hooks.operations import read_network
@@ -93,6 +94,9 @@ class WeightQuantizer:
             if not self.layers:
                 raise ValueError("there is nothing to store in few bits: {}".format(self._why_nothing()))
             self.storages = self._storages(bits, WeightMode(mode), layer_bits or {}, block_size)
+            #: tensors that feed the layers -> the placeholders that an inference graph has for them
+            self.inputs = network_inputs(self.graph, self._network.within,
+                                         ancestors(layer.input.op for layer in self.layers.values()))
             self.clean = self.graph.as_graph_def()
             self.window = make_window(self.graph, next(iter(self.layers.values())).kernel)
             for name, layer in self.layers.items():
@@ -188,12 +192,20 @@ class WeightQuantizer:
             RuntimeError: another graph's session.
         """
         self._check_session(sess)
-        feeds = {getattr(key, "name", key): value for key, value in feed_dict.items()}
-        frozen = self._frozen(sess, outputs)
-        with tf.Graph().as_default() as runner:
-            tf.import_graph_def(frozen, name="")
-            with tf.Session(graph=runner) as run:
-                return list(run.run([name if ":" in name else name + ":0" for name in outputs], feeds))
+        return _run(self._frozen(sess, outputs), outputs, feed_dict)
+
+    def run_float(self, sess: tf.Session, outputs: Sequence[str],
+                  feed_dict: Mapping[Any, np.ndarray]) -> List[np.ndarray]:
+        """Run the network at inference with its weights as they are trained.
+
+        Args:
+            sess, outputs, feed_dict: see :meth:`simulate`.
+
+        Raises:
+            RuntimeError: another graph's session.
+        """
+        self._check_session(sess)
+        return _run(float_graph(sess, self.clean, self._network, outputs), outputs, feed_dict)
 
     def coverage(self) -> Coverage:
         """Each layer, its share of the weights, and why it is left float if it is."""
@@ -251,6 +263,14 @@ def strip_wq_ops(graph: Optional[tf.Graph] = None) -> None:
     if graph.finalized:
         raise RuntimeError("a finalized graph cannot be stripped: use export of the quantizer or of its hook")
     strip(graph)
+
+
+def _run(frozen: Any, outputs: Sequence[str], feed_dict: Mapping[Any, np.ndarray]) -> List[np.ndarray]:
+    feeds = {getattr(key, "name", key): value for key, value in feed_dict.items()}
+    with tf.Graph().as_default() as runner:
+        tf.import_graph_def(frozen, name="")
+        with tf.Session(graph=runner) as run:
+            return list(run.run([name if ":" in name else name + ":0" for name in outputs], feeds))
 
 
 def _check(bits: int, mode: Union[str, WeightMode], layer_bits: Optional[Mapping[str, int]], block_size: int) -> None:

@@ -16,10 +16,20 @@ from slimtrain.callbacks import (
     LowRankDecompositionCallback,
     LSQQuantizer,
     LSQQuantizerCallback,
+    WeightQuantizerCallback,
     from_config,
 )
 from slimtrain.callbacks.layer_statistics import layer_statistics
-from slimtrain.core import CompressionReport, Curve, EnergyRanks, LayerRow, load_report, sqnr_db
+from slimtrain.core import (
+    CompressionReport,
+    Curve,
+    EnergyRanks,
+    LayerRow,
+    WeightMode,
+    load_report,
+    sqnr_db,
+    stored_weight,
+)
 from slimtrain.proto import report_page
 
 PIPELINE = "prune:simd_oc,sparsity=0.5,total_pruning_iterations=2,sensitivity_steps=1;quantize:lsq,bits=4;export:%s"
@@ -163,3 +173,23 @@ def test_statistics_are_those_of_the_two_models():
     assert found.weights["stem"].high == pytest.approx(float(model.stem.weight.max()))
     scale = float(quantizer.deployed_layers()[0].input_scale)
     assert found.inputs["stem"].clip_high == pytest.approx(scale * 7)
+
+
+def test_layers_with_weights_of_few_bits_are_compared_too(tmp_path):
+    callback, report = WeightQuantizerCallback(bits=3, export_to=str(tmp_path / "model")), CompressionReportCallback()
+    model = Lit()
+    trainer(tmp_path, report, callback, max_epochs=1).fit(model, loader())
+    found = load_report(tmp_path / "compression_report.json")
+    assert found == report.report and found.sqnr_db >= 100
+    assert set(found.layer_sqnr_db) == {"net.stem", "net.inner", "net.depthwise", "net.head"}
+    callback.quantizer.detach()
+    stem, x = model.net.stem.eval(), callback.example()
+    stored = torch.from_numpy(stored_weight(stem.weight.detach().numpy(), 3, WeightMode.SYMMETRIC).values)
+    seen = {}
+    handle = stem.register_forward_hook(lambda _, given, output: seen.update(x=given[0], y=output))
+    with torch.no_grad():
+        model(x) if isinstance(x, torch.Tensor) else model(*x)
+        handle.remove()
+        expected = sqnr_db(seen["y"].numpy(), stem._conv_forward(seen["x"], stored, stem.bias).numpy())
+    assert found.layer_sqnr_db["net.stem"] == pytest.approx(expected, abs=0.01)
+    assert found.weights["net.stem"].high == pytest.approx(float(stem.weight.max()))

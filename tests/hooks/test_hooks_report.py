@@ -5,8 +5,14 @@ import pytest
 
 import tf_nets
 from browser import visit
-from slimtrain.core import EnergyRanks, load_report, sqnr_db
-from slimtrain.hooks import CompressionReportHook, LowRankDecompositionHook, LSQQuantizerHook, get_op_weight_values
+from slimtrain.core import EnergyRanks, WeightMode, load_report, sqnr_db, stored_weight
+from slimtrain.hooks import (
+    CompressionReportHook,
+    LowRankDecompositionHook,
+    LSQQuantizerHook,
+    WeightQuantizerHook,
+    get_op_weight_values,
+)
 from tf_setup import one_thread, tf
 
 ENDS = {"c1/conv": "r1", "c2/conv": "r2", "fc/matmul": "fc/biased"}
@@ -110,3 +116,30 @@ def test_spectra_are_those_of_the_dense_weights_also_after_a_resume(tmp_path):
     assert (found.console, found.requests) == ([], []) and "c1/conv (outputs)" in found.dom
     train(tmp_path / "run", decomposing, 5)
     assert load_report(tmp_path / "run" / "compression_report.json").spectra == first.spectra
+
+
+def storing(folder):
+    quantizer = WeightQuantizerHook(bits=3, output_names=["logits"], export_dir=str(folder))
+    return [quantizer, CompressionReportHook([quantizer], html=True)]
+
+
+def test_layers_with_weights_of_few_bits_are_compared_too(tmp_path):
+    quantizing, reporting = train(tmp_path, storing)
+    report, example = load_report(tmp_path / "compression_report.json"), batch(0)[:16]
+    assert report == reporting.report and report.sqnr_db >= 100
+    ends = {"c1/conv": "c1/biased", "c2/conv": "c2/biased", "fc/matmul": "fc/biased"}
+    with tf.Graph().as_default() as graph, tf.Session(config=one_thread()) as session:
+        x, _ = network()
+        kernels = {name: graph.get_operation_by_name(name).inputs[1] for name in ends}
+        tf.train.Saver().restore(session, tf.train.latest_checkpoint(str(tmp_path)))
+        outputs = [name + ":0" for name in ends.values()]
+        values, plain = session.run([kernels, outputs], {x: example})
+        turned = {name: (1, 0) if value.ndim == 2 else (3, 2, 0, 1) for name, value in values.items()}
+        stored = {kernels[name]: stored_weight(value.transpose(turned[name]), 3, WeightMode.SYMMETRIC).values.transpose(
+            np.argsort(turned[name])) for name, value in values.items()}
+        simulated = session.run(outputs, {x: example, **stored})  # a kernel may be fed in the place of its variable
+    expected = {name: sqnr_db(*pair) for name, *pair in zip(ends, plain, simulated)}
+    assert report.layer_sqnr_db == pytest.approx(expected, abs=0.01) and max(expected.values()) < 30
+    assert report.weights["c1/conv"].high == pytest.approx(values["c1/conv"].max())
+    found = visit(tmp_path / "compression_report.html", tmp_path)
+    assert (found.console, found.requests) == ([], []) and "c2/conv" in found.dom
