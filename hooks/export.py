@@ -18,6 +18,7 @@ from slimtrain.hooks.batch_norm import FUSED, normalizes_over_batch
 from slimtrain.hooks.compositions import merge_in_copy
 from slimtrain.hooks.deployment import DeployedLayer, deployed_scope
 from slimtrain.hooks.graph import Edge, connect, find_tensor, is_random
+from slimtrain.hooks.grids import put_on_grid
 from slimtrain.hooks.operations import Network
 from slimtrain.hooks.padding import exact_convolutions
 from slimtrain.hooks.rewriting import (
@@ -78,6 +79,7 @@ def write_params_file(filename: str, deployed: Sequence[DeployedLayer], append: 
 def inference_graph(session: tf.Session, clean: Any, rewriting: Rewriting, output_names: Sequence[str]) -> Any:
     """The frozen GraphDef that computes the network as MNN shall."""
     copy, replacements = inference_copy(clean, rewriting.network)
+    put_on_grid(copy, rewriting.grids)
     replacements.update(add_layers(copy, rewriting.deployed))
     replacements.update(add_poolings(copy, rewriting.network, rewriting.int8_safe))
     return _frozen(session, copy, rewriting, replacements, output_names)

@@ -33,11 +33,12 @@ from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.deployment import LayerSource, read_layers
 from slimtrain.hooks.equalization import equalize as equalize_graph
 from slimtrain.hooks.export import export_model
+from slimtrain.hooks.grids import InputGrid, read_in_float
 from slimtrain.hooks.layers import Layer
 from slimtrain.hooks.operations import leaves, read_network, translate
 from slimtrain.hooks.rewriting import Rewriting, int8_safe
 from slimtrain.hooks.rounded_weights import ChosenWeight, add_layer_moments, rounded_by_data
-from slimtrain.hooks.simulation import InputGrid, simulate_network
+from slimtrain.hooks.simulation import simulate_network
 from slimtrain.hooks.weight_fake_quant import core_order
 from slimtrain.proto import QuantMethod
 from slimtrain.proto.progress import with_progress
@@ -97,6 +98,7 @@ class OfflineQuantizer:
         self.output_names = self.output_names or tuple(ends)
         self._placement = place(ops, ends)
         self._safe = int8_safe(self._placement, ops)
+        self._read_in_float = read_in_float(self.graph, self._network, self._placement, self.layers, self._safe)
         self._watched: Dict[Owner, List[str]] = {}
         for tensor, owner in self._placement.quantizers.items():
             self._watched.setdefault(owner, []).append(tensor)
@@ -166,12 +168,8 @@ class OfflineQuantizer:
         Raises:
             RuntimeError: the graph has not been calibrated.
         """
-        produced = {call.fused for call in self._placement.calls}
         with tf.Session(graph=self.graph) as session:
-            rewriting = self._rewriting(session)
-            grids = [InputGrid(tensor, *self._scales[owner]) for tensor, owner in self._placement.quantizers.items()
-                     if tensor not in produced]
-            return simulate_network(session, self.clean, rewriting, grids, outputs, feed_dict)
+            return simulate_network(session, self.clean, self._rewriting(session), outputs, feed_dict)
 
     def coverage(self) -> Coverage:
         """Each layer, its share of the weights, and why it is left float if it is."""
@@ -221,7 +219,10 @@ class OfflineQuantizer:
             raise RuntimeError("the graph has no scales yet: call calibrate(batches) first")
         with self.graph.as_default():
             sources = [self._source(call) for call in self._placement.calls]
-        return Rewriting(self._network, self._safe, tuple(read_layers(sources, session)))
+        produced = {call.fused for call in self._placement.calls}
+        grids = [InputGrid(tensor, *self._scales[owner], tensor in self._read_in_float)
+                 for tensor, owner in self._placement.quantizers.items() if tensor not in produced]
+        return Rewriting(self._network, self._safe, tuple(read_layers(sources, session)), tuple(grids))
 
     def _choose_weights(self, moments: Mapping[str, InputMoments]) -> Dict[str, ChosenWeight]:
         chosen = {}

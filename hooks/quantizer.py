@@ -28,12 +28,13 @@ from slimtrain.hooks.depthwise import bias_on_grid
 from slimtrain.hooks.export import export_model, network_inputs, write_params_file
 from slimtrain.hooks.fake_quant import Levels, fake_quantize, levels_of
 from slimtrain.hooks.graph import ancestors
+from slimtrain.hooks.grids import InputGrid, read_in_float
 from slimtrain.hooks.helpers import LAYER_TYPES, get_op_name_of_type
 from slimtrain.hooks.insertion import can_change_result, change_edge, change_edges, change_result, place_name
 from slimtrain.hooks.layers import Layer, LayerKind
 from slimtrain.hooks.operations import Network, leaves, read_network, translate
 from slimtrain.hooks.rewriting import Rewriting, int8_safe
-from slimtrain.hooks.simulation import InputGrid, simulate_network
+from slimtrain.hooks.simulation import simulate_network
 from slimtrain.hooks.state import SCOPE, Scale, make_variable, unless
 from slimtrain.hooks.strip import STATE_PLACEHOLDER, is_quantized, remember_deployed, strip_MNN_QAT_ops
 from slimtrain.hooks.window import make_window
@@ -119,6 +120,7 @@ class GraphQuantizer:
             ops = translate(self.graph, self._network, self.layers.values())
             self._placement = place(ops, self._network.outputs or leaves(ops))
             self._safe = int8_safe(self._placement, ops)
+            self._read_in_float = read_in_float(self.graph, self._network, self._placement, self.layers, self._safe)
             self._inner = ancestors(layer.input.op for layer in self.layers.values())
             self.inputs.update(network_inputs(self.graph, self._network.within, self._inner))
             self.clean = self.graph.as_graph_def()
@@ -214,8 +216,7 @@ class GraphQuantizer:
             RuntimeError: another graph's session, or not one training step was made.
         """
         self._check_session(sess)
-        rewriting = self._rewriting(sess)
-        return simulate_network(sess, self.clean, rewriting, self._input_grids(sess), outputs, feed_dict)
+        return simulate_network(sess, self.clean, self._rewriting(sess), outputs, feed_dict)
 
     def run_float(self, sess: tf.Session, outputs: Sequence[str],
                   feed_dict: Mapping[Any, np.ndarray]) -> List[np.ndarray]:
@@ -228,7 +229,7 @@ class GraphQuantizer:
             RuntimeError: another graph's session.
         """
         self._check_session(sess)
-        return simulate_network(sess, self.clean, Rewriting(self._network, self._safe, ()), (), outputs, feed_dict)
+        return simulate_network(sess, self.clean, Rewriting(self._network, self._safe, ()), outputs, feed_dict)
 
     def deployed_layers(self, sess: tf.Session) -> Tuple[DeployedLayer, ...]:
         """Every use of a quantized layer with the integers and scales that go to the device.
@@ -245,7 +246,8 @@ class GraphQuantizer:
         owners = {tensor: owner for tensor, owner in self._placement.quantizers.items() if tensor not in produced}
         scales = sess.run({tensor: self._scales[owner].stored for tensor, owner in owners.items()})
         levels = self.current_grids(sess).activations
-        return [InputGrid(tensor, float(scales[tensor]), levels[owner]) for tensor, owner in owners.items()]
+        return [InputGrid(tensor, float(scales[tensor]), levels[owner], tensor in self._read_in_float)
+                for tensor, owner in owners.items()]
 
     # -- what was done
 
@@ -401,7 +403,8 @@ class GraphQuantizer:
                      and call.fused != call.tensor), None)
 
     def _rewriting(self, sess: tf.Session) -> Rewriting:
-        return Rewriting(self._network, self._safe, tuple(read_layers(self._sources(sess), sess)))
+        deployed = tuple(read_layers(self._sources(sess), sess))
+        return Rewriting(self._network, self._safe, deployed, tuple(self._input_grids(sess)))
 
     def _sources(self, sess: tf.Session) -> List[LayerSource]:
         if not self.ready(sess):

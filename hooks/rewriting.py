@@ -13,6 +13,7 @@ from slimtrain.core import Op, OpKind, Placement
 from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.deployment import DeployedLayer, deployed_scope, live_name
 from slimtrain.hooks.graph import Edge, connect, edges_from
+from slimtrain.hooks.grids import InputGrid
 from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.operations import Network
 from slimtrain.hooks.padding import add_convolution
@@ -25,6 +26,7 @@ class Rewriting(NamedTuple):
     network: Network
     int8_safe: Tuple[str, ...]             #: see ``int8_safe``
     deployed: Tuple[DeployedLayer, ...]
+    grids: Tuple[InputGrid, ...] = ()      #: of all quantized tensors that no quantized layer produces
 
 
 Replacements = Dict[str, tf.Tensor]

@@ -6,44 +6,36 @@ order of MNN; all other operations are TensorFlow's.
 """
 from __future__ import annotations
 
-from typing import Any, Callable, List, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, List, Mapping, Sequence
 
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-from slimtrain.core import Activation, Grid, IntegerConv, input_levels, simulate_conv
+from slimtrain.core import Activation, IntegerConv, input_levels, simulate_conv
 from slimtrain.core.winograd import simulate_winograd
 from slimtrain.hooks.deployment import DeployedLayer
 from slimtrain.hooks.export import inference_copy, without_dropout
 from slimtrain.hooks.geometry import convolution_geometry
 from slimtrain.hooks.graph import connect, edges_from, find_tensor
+from slimtrain.hooks.grids import InputGrid
 from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.rewriting import Rewriting, redirect
 
 
-class InputGrid(NamedTuple):
-    """A tensor that no quantized layer produces, and the grid that all its readers see it on."""
-
-    tensor: str
-    scale: float
-    grid: Grid
-
-
-def simulate_network(session: tf.Session, clean: Any, rewriting: Rewriting, grids: Sequence[InputGrid],
-                     outputs: Sequence[str], feed_dict: Mapping[Any, np.ndarray]) -> List[np.ndarray]:
+def simulate_network(session: tf.Session, clean: Any, rewriting: Rewriting, outputs: Sequence[str],
+                     feed_dict: Mapping[Any, np.ndarray]) -> List[np.ndarray]:
     """Values of ``outputs``, float32, as the device computes them.
 
     Args:
         session: holds the trained variables.
         clean: GraphDef of the network as the user built it.
         rewriting: the network and its quantized layers.
-        grids: the tensors that are quantized without being the result of a quantized layer.
         outputs: names of tensors or operations.
         feed_dict: arrays by tensor or tensor name of the network's inputs.
     """
     graph, replacements = inference_copy(clean, rewriting.network)
     with graph.as_default():
-        for grid in grids:
+        for grid in rewriting.grids:
             _quantize_readers(graph, grid)
         layers = {layer.source.call.fused: _integer_layer(graph, layer) for layer in rewriting.deployed}
     replacements.update(layers)

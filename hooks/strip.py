@@ -11,6 +11,7 @@ from typing import Any, List, Optional, Sequence
 
 import tensorflow.compat.v1 as tf
 
+from slimtrain.hooks.grids import put_on_grid
 from slimtrain.hooks.insertion import SUMS, can_change_result, is_inserted, is_ours, pass_through, strip
 from slimtrain.hooks.rewriting import Rewriting, add_layers, add_poolings, redirect
 from slimtrain.hooks.state import COLLECTION
@@ -63,6 +64,7 @@ def strip_MNN_QAT_ops(graph: tf.Graph) -> None:  # noqa: N802 - the name of the 
                        "65536 weights or more, or followed by an activation, stay float: call save_compress_params "
                        "first, or use export")
         return
+    put_on_grid(graph, rewriting.grids)
     layers = add_layers(graph, rewriting.deployed)
     ends = [name for name in layers if _is_end(graph.get_tensor_by_name(name), rewriting.network.outputs)]
     redirect(graph, {**add_poolings(graph, rewriting.network, rewriting.int8_safe), **layers})
