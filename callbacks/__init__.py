@@ -1,7 +1,6 @@
 """slimtrain for PyTorch: compression objects for plain loops and a Lightning callback over each."""
 
-from slimtrain.callbacks.bit_picture import draw_sensitivity
-from slimtrain.callbacks.bit_sensitivity import int8_sensitivity, sensitivity_table, weight_sensitivity
+from slimtrain.callbacks.bit_sensitivity import int8_sensitivity, weight_sensitivity
 from slimtrain.callbacks.configuration import from_config
 from slimtrain.callbacks.ema_callback import EMAQuantizerCallback
 from slimtrain.callbacks.ema_quantizer import EMAQuantizer
@@ -36,6 +35,8 @@ from slimtrain.callbacks.waq_callback import WAQQuantizerCallback
 from slimtrain.callbacks.waq_quantizer import WAQQuantizer
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer
 from slimtrain.callbacks.weight_quantizer_callback import WeightQuantizerCallback
+from slimtrain.proto.bit_picture import draw_sensitivity
+from slimtrain.proto.bit_sensitivity import sensitivity_table
 
 __all__ = [
     "CompressionReportCallback",

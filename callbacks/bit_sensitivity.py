@@ -2,15 +2,10 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-from typing import Any, Callable, Collection, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Collection, Dict, Iterator, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from slimtrain.callbacks.layers import choose_layers, weight_count
@@ -19,11 +14,9 @@ from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.operations import tensors_in
 from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer, why_not_stored
-from slimtrain.core import LayerState, WeightMode, sqnr_db
-from slimtrain.core.bit_choice import FLOAT_BITS, BitResult, BitSensitivity, stored_size
-from slimtrain.proto.progress import with_progress
-
-logger = logging.getLogger(__name__)
+from slimtrain.core import LayerState, WeightMode
+from slimtrain.core.bit_choice import BitSensitivity
+from slimtrain.proto.bit_sensitivity import NetworkRun, WeightSize, check_examples, measure_layers
 
 #: a batch: the model's input (a tuple is several, a dict named ones), and what the loss compares its output with
 Example = Tuple[Any, Any]
@@ -87,55 +80,23 @@ def int8_sensitivity(model: nn.Module, examples: Sequence[Example], loss: Loss, 
     return _measured(model, choice.quantized, examples, loss, bits, LayerState.INT8, quantizer)
 
 
-def sensitivity_table(sensitivity: BitSensitivity) -> str:
-    """One line per layer: its bytes, and for each width the SQNR of the outputs and what the loss gains, as text."""
-    table = Table(box=box.SIMPLE)
-    widths = [width for width in sensitivity.widths if width != FLOAT_BITS]
-    table.add_column("layer")
-    table.add_column("float bytes", justify="right")
-    for width in widths:
-        table.add_column("%d bits" % width, justify="right")
-    by_layer: Dict[str, Dict[int, BitResult]] = {layer: {} for layer in sensitivity.layers}
-    for result in sensitivity.results:
-        by_layer[result.layer][result.bits] = result
-    for layer, results in by_layer.items():
-        cells = ["%.1f dB %+.2g" % (results[width].sqnr_db, results[width].loss) for width in widths]
-        table.add_row(layer, "{:,}".format(results[FLOAT_BITS].bytes), *cells)
-    text = io.StringIO()
-    Console(file=text, width=40 + 20 * (1 + len(widths))).print(table)
-    return text.getvalue()
-
-
 # -- inside
-
-
-class _Run(NamedTuple):
-    """The model on all examples."""
-
-    outputs: np.ndarray
-    loss: float
 
 
 def _measured(model: nn.Module, layers: Dict[str, nn.Module], examples: Sequence[Example], loss: Loss,
               bits: Sequence[int], state: LayerState, quantizer: Callable[[str, int], Any]) -> BitSensitivity:
-    if not examples or not bits:
-        raise ValueError("the sensitivity needs examples and widths, got %d and %d" % (len(examples), len(bits)))
-    whole = _run(model, examples, loss)
-    results: List[BitResult] = []
-    for name, layer in with_progress(layers.items(), "measuring layers"):
-        weights, channels = weight_count(layer), len(layer.weight)  # type: ignore[arg-type]
-        results.append(BitResult(name, FLOAT_BITS, stored_size(weights, channels, FLOAT_BITS), float("inf"), 0.0))
-        for width in sorted(set(bits), reverse=True):
-            with _attached(quantizer(name, width)):
-                run = _run(model, examples, loss)
-            stored = 8 if state is LayerState.INT8 else width
-            results.append(BitResult(name, width, stored_size(weights, channels, stored),
-                                     sqnr_db(whole.outputs, run.outputs), run.loss - whole.loss))
-            logger.info("%s at %d bits: %.1f dB, loss %+.3g", name, width, results[-1].sqnr_db, results[-1].loss)
-    return BitSensitivity(state, whole.loss, tuple(results))
+    check_examples(examples, bits)
+
+    def quantized(name: str, width: int) -> NetworkRun:
+        with _attached(quantizer(name, width)):
+            return _run(model, examples, loss)
+
+    sizes = {name: WeightSize(weight_count(layer), len(layer.weight))  # type: ignore[arg-type]
+             for name, layer in layers.items()}
+    return measure_layers(sizes, _run(model, examples, loss), quantized, bits, state)
 
 
-def _run(model: nn.Module, examples: Sequence[Example], loss: Loss) -> _Run:
+def _run(model: nn.Module, examples: Sequence[Example], loss: Loss) -> NetworkRun:
     outputs, losses, counts = [], [], []
     with unnoticed(model), evaluation(model), torch.no_grad():
         for inputs, target in examples:
@@ -145,7 +106,7 @@ def _run(model: nn.Module, examples: Sequence[Example], loss: Loss) -> _Run:
             outputs += [tensor.detach().double().cpu().numpy().ravel() for tensor in tensors]
             losses.append(float(loss(result, target)))
             counts.append(len(tensors[0]))
-    return _Run(np.concatenate(outputs), float(np.average(losses, weights=counts)))
+    return NetworkRun(np.concatenate(outputs), float(np.average(losses, weights=counts)))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from slimtrain.core import ExpandedLine, FactorizedLayer
 from slimtrain.hooks import helpers
+from slimtrain.hooks.bit_sensitivity import int8_sensitivity, weight_sensitivity
 from slimtrain.hooks.compositions import merged_weights
 from slimtrain.hooks.configuration import from_config
 from slimtrain.hooks.ema_quantizer import EMAQuantizer
@@ -25,6 +26,8 @@ from slimtrain.hooks.waq_quantizer import WAQQuantizer
 from slimtrain.hooks.weight_file import get_op_weight_values
 from slimtrain.hooks.weight_quantizer import WeightQuantizer, strip_wq_ops
 from slimtrain.hooks.weight_quantizer_hook import WeightQuantizerHook
+from slimtrain.proto.bit_picture import draw_sensitivity
+from slimtrain.proto.bit_sensitivity import sensitivity_table
 
 __all__ = [
     "CompressionReportHook",
@@ -54,14 +57,18 @@ __all__ = [
     "WeightQuantizer",
     "WeightQuantizerHook",
     "apply_structure",
+    "draw_sensitivity",
     "from_config",
     "get_op_weight_values",
     "get_qat_state_placeholder",
     "helpers",
+    "int8_sensitivity",
     "low_rank_decompose",
     "merged_weights",
+    "sensitivity_table",
     "strip_MNN_QAT_ops",
     "strip_wq_ops",
     "structure_in",
     "structure_of",
+    "weight_sensitivity",
 ]

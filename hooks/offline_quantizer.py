@@ -10,7 +10,6 @@ import tensorflow.compat.v1 as tf
 
 from slimtrain.core import (
     ActivationMethod,
-    ConversionError,
     Coverage,
     Grid,
     InputMoments,
@@ -33,6 +32,7 @@ from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.deployment import LayerSource, read_layers
 from slimtrain.hooks.equalization import equalize as equalize_graph
 from slimtrain.hooks.export import export_model
+from slimtrain.hooks.frozen import PathLike, feeds_of, frozen_graph
 from slimtrain.hooks.grids import InputGrid, read_in_float
 from slimtrain.hooks.layers import Layer
 from slimtrain.hooks.operations import leaves, read_network, translate
@@ -44,8 +44,6 @@ from slimtrain.proto import QuantMethod
 from slimtrain.proto.progress import with_progress
 
 logger = logging.getLogger(__name__)
-
-PathLike = Union[str, "os.PathLike[str]"]
 
 _STORED_BITS = 8
 
@@ -88,7 +86,7 @@ class OfflineQuantizer:
         self._activation_bits = activation_grid(bits if activation_bits is None else activation_bits).bits
         self._unsigned, self._debug = unsigned_activations, debug_info
         self._correct_bias, self._adaptive_rounding = correct_bias, adaptive_rounding
-        self._open(graph if isinstance(graph, tf.GraphDef) else _read(graph), output_names, skip_quant_layers)
+        self._open(frozen_graph(graph), output_names, skip_quant_layers)
         if equalize:
             equalize_graph(self.graph, self._network, self.layers)
             self._open(self.graph.as_graph_def(), output_names, skip_quant_layers)
@@ -126,7 +124,7 @@ class OfflineQuantizer:
         count = 0
         with tf.Session(graph=self.graph) as session:
             for batch in with_progress(batches, "calibrating"):
-                values = dict(zip(wanted, session.run(wanted, self._feeds(batch))))
+                values = dict(zip(wanted, session.run(wanted, feeds_of(self.graph, batch))))
                 for owner, tensors in self._watched.items():
                     seen[owner] = _observed(seen[owner], [values[tensor] for tensor in tensors], owner)
                 for layer in readers:
@@ -197,14 +195,6 @@ class OfflineQuantizer:
                 "%s: %s" % (name, layer.reason or "skipped") for name, layer in layers.items())
                 or "the graph has no convolution or matrix product with a constant weight"))
 
-    def _feeds(self, batch: Any) -> Dict[str, np.ndarray]:
-        if isinstance(batch, Mapping):
-            return {name if ":" in name else name + ":0": value for name, value in batch.items()}
-        inputs = [op.outputs[0].name for op in self.graph.get_operations() if op.type == "Placeholder"]
-        if len(inputs) != 1:
-            raise ValueError("the graph has the placeholders %s: give each batch as a dict by name" % inputs)
-        return {inputs[0]: np.asarray(batch)}
-
     def _grid(self, owner: Owner, seen: Observation) -> Grid:
         """What no quantized layer reads keeps 8 bits, in which the device stores it anyway."""
         read = {call.input for call in self._placement.calls}
@@ -259,15 +249,3 @@ def _observed(seen: Observation, values: List[np.ndarray], owner: Owner) -> Obse
         return observe_together(seen, values)
     except ValueError as error:
         raise ValueError("%s of layer %r: %s" % (owner.role.value, owner.layer, error)) from error
-
-
-def _read(path: PathLike) -> Any:
-    graph_def = tf.GraphDef()
-    try:
-        with open(os.fspath(path), "rb") as file:
-            graph_def.ParseFromString(file.read())
-    except Exception as error:  # protobuf's errors have no class that all its versions share
-        raise ConversionError("cannot read the frozen graph %s: %s" % (os.fspath(path), error)) from error
-    if not graph_def.node:
-        raise ConversionError("%s holds no graph" % os.fspath(path))
-    return graph_def

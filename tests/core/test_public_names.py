@@ -79,6 +79,15 @@ def constructor(folder, name):
     return None
 
 
+def function_arguments(folder, name):
+    """Arguments of a function, in order."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                return [argument.arg for argument in node.args.args + node.args.kwonlyargs]
+    raise LookupError(name)
+
+
 def compared(ours, theirs, allowed):
     """What differs although no table allows it."""
     return [name for name in ours if name not in theirs and name not in allowed]
@@ -134,6 +143,13 @@ def test_hooks_and_callbacks_take_the_arguments_of_their_object(name):
     hook, callback = constructor("hooks", name + "Hook"), constructor("callbacks", name + "Callback")
     assert set(constructor("hooks", name)) <= set(hook)
     assert compared(hook, callback, allowed) == [] and compared(callback, hook, allowed) == []
+
+
+@pytest.mark.parametrize("name", ["weight_sensitivity", "int8_sensitivity"])
+def test_functions_take_the_same_arguments_in_the_same_order(name):
+    hooks, callbacks = function_arguments("hooks", name), function_arguments("callbacks", name)
+    assert compared(hooks, callbacks, ARGUMENTS) == [] and compared(callbacks, hooks, ARGUMENTS) == []
+    assert [each for each in hooks if each in callbacks] == [each for each in callbacks if each in hooks]
 
 
 def test_the_comparison_finds_a_difference():

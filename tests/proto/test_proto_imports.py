@@ -22,6 +22,8 @@ ONNX_MODULES = {path.name for path in MODULES if path.name.startswith("onnx_")}
 EXTRA = {
     **{name: {"onnx"} for name in ONNX_MODULES},
     "onnx_check.py": {"onnx", "onnxruntime"},
+    "bit_picture.py": {"matplotlib"},
+    "bit_sensitivity.py": {"rich"},
     "calibration_data.py": {"PIL"},
     "cli_offline.py": {"click", "rich"},
     "cli.py": {"click", "rich"},
