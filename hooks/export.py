@@ -24,9 +24,9 @@ from slimtrain.hooks.padding import exact_convolutions
 from slimtrain.hooks.rewriting import (
     Replacements,
     Rewriting,
+    add_float_operations,
     add_inference_norms,
     add_layers,
-    add_poolings,
     redirect,
 )
 from slimtrain.hooks.stacking import contributed
@@ -81,7 +81,7 @@ def inference_graph(session: tf.Session, clean: Any, rewriting: Rewriting, outpu
     copy, replacements = inference_copy(clean, rewriting.network)
     put_on_grid(copy, rewriting.grids)
     replacements.update(add_layers(copy, rewriting.deployed))
-    replacements.update(add_poolings(copy, rewriting.network, rewriting.int8_safe))
+    replacements.update(add_float_operations(copy, rewriting))
     return _frozen(session, copy, rewriting, replacements, output_names)
 
 

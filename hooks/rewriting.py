@@ -32,6 +32,8 @@ class Rewriting(NamedTuple):
 Replacements = Dict[str, tf.Tensor]
 #: selected or averaged in int8 with errors that training did not simulate: see ``run_in_float``
 _FLOAT_ONLY = frozenset({"AvgPool", "MaxPool", "MaxPoolV2", "Maximum", "Minimum", "ResizeBilinear"})
+#: activations and their largest values
+_BOUNDS = {"Relu": None, "Relu6": 6.0}
 
 
 def add_layers(graph: tf.Graph, deployed: Sequence[DeployedLayer]) -> Replacements:
@@ -82,20 +84,37 @@ def _convolution(op: tf.Operation, values: tf.Tensor, kernel: tf.Tensor, kind: L
     return add_convolution(op, kind, values, kernel, "convolution")
 
 
-def add_poolings(graph: tf.Graph, network: Network, safe: Sequence[str]) -> Replacements:
-    """Add poolings that MNN computes as TensorFlow does.
+def add_float_operations(graph: tf.Graph, rewriting: Rewriting) -> Replacements:
+    """Add poolings, and activations of their own, that MNN computes as TensorFlow does.
 
     Args:
         graph: the graph to add to.
-        network: what it computes.
-        safe: names of tensors whose operation MNN may run in int8.
+        rewriting: what it computes, and where it is quantized.
     """
     added = {}
     with graph.as_default(), tf.control_dependencies(None):
         for op in list(graph.get_operations()):
-            if op.name in network.within and op.type in _FLOAT_ONLY and op.outputs[0].name not in safe:
+            if op.name not in rewriting.network.within:
+                continue
+            if op.type in _FLOAT_ONLY and op.outputs[0].name not in rewriting.int8_safe:
                 added[op.outputs[0].name] = _global_mean(op) if _is_global(op) else _run_in_float(op)
+            elif op.type in _BOUNDS and _shares_its_range(op, rewriting):
+                added[op.outputs[0].name] = _activate_in_float(op)
     return added
+
+
+def _shares_its_range(op: tf.Operation, rewriting: Rewriting) -> bool:
+    """Whether MNN would give what an activation reads, which others read too, the range of its result."""
+    readers = [reader for reader in op.inputs[0].consumers() if reader.name in rewriting.network.within]
+    shared = len(readers) > 1 or op.inputs[0].name in rewriting.network.outputs
+    return shared and op.outputs[0].name in {grid.tensor for grid in rewriting.grids}
+
+
+def _activate_in_float(op: tf.Operation) -> tf.Tensor:
+    with tf.name_scope("{}/{}/float/".format(SCOPE, op.name)):
+        doubled = tf.nn.relu(op.inputs[0] * 2.0)
+        bound = _BOUNDS[op.type]
+        return tf.multiply(doubled if bound is None else tf.minimum(doubled, 2.0 * bound), 0.5, name="halved")
 
 
 def _is_global(op: tf.Operation) -> bool:

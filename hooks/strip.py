@@ -13,7 +13,7 @@ import tensorflow.compat.v1 as tf
 
 from slimtrain.hooks.grids import put_on_grid
 from slimtrain.hooks.insertion import SUMS, can_change_result, is_inserted, is_ours, pass_through, strip
-from slimtrain.hooks.rewriting import Rewriting, add_layers, add_poolings, redirect
+from slimtrain.hooks.rewriting import Rewriting, add_float_operations, add_layers, redirect
 from slimtrain.hooks.state import COLLECTION
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def strip_MNN_QAT_ops(graph: tf.Graph) -> None:  # noqa: N802 - the name of the 
     put_on_grid(graph, rewriting.grids)
     layers = add_layers(graph, rewriting.deployed)
     ends = [name for name in layers if _is_end(graph.get_tensor_by_name(name), rewriting.network.outputs)]
-    redirect(graph, {**add_poolings(graph, rewriting.network, rewriting.int8_safe), **layers})
+    redirect(graph, {**add_float_operations(graph, rewriting), **layers})
     with graph.as_default():
         for name, value in layers.items():
             tensor = graph.get_tensor_by_name(name)

@@ -39,7 +39,18 @@ def residual(x, training):
     return tf_nets.conv(tf.nn.relu(y), "c2", 4, seed=3) * 2.0 + tf.reduce_mean(y, axis=3, keepdims=True)
 
 
-NETS = [pooled_input, scaled_input, moved_input, gate, residual]
+def shared_sum(x, training):
+    """A sum that one layer reads as it is, and another behind an activation."""
+    y = tf_nets.conv(x, "c1", 8, seed=1) + tf_nets.conv(x, "c2", 8, seed=3)
+    return tf_nets.conv(tf.nn.relu(y), "c3", 4, seed=5) + tf_nets.conv(y, "c4", 4, seed=7)
+
+
+def shared_wide_sum(x, training):
+    y = (tf_nets.conv(x, "c1", 8, seed=1) + tf_nets.conv(x, "c2", 8, seed=3)) * tf_nets.conv(x, "c0", 8, 1, seed=9)
+    return tf_nets.conv(tf.nn.relu6(y), "c3", 4, seed=5) + tf_nets.conv(y, "c4", 4, seed=7)
+
+
+NETS = [pooled_input, scaled_input, moved_input, gate, residual, shared_sum, shared_wide_sum]
 
 
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
