@@ -97,14 +97,17 @@ def analyse_weight(weight: np.ndarray, factorization: Factorization) -> Analysis
     if not np.isfinite(kernel).all():
         raise ValueError(f"the weight has {int((~np.isfinite(kernel)).sum())} values that are not finite")
     if factorization is Factorization.TUCKER2:
-        return Analysis(kernel, factorization, (spectrum(_unfold(kernel, 0)), spectrum(_unfold(kernel, 1))))
+        slices = _slices(kernel)
+        return Analysis(_from_slices(slices, kernel.shape[2:]), factorization,
+                        (_spectrum(_gram_of_outputs(slices)), _spectrum(_gram_of_inputs(slices))))
     matrix = _as_matrix(kernel, factorization)
-    return Analysis(kernel, factorization, (spectrum(matrix if _is_wide(matrix) else matrix.T),))
+    matrix = matrix if _is_wide(matrix) else matrix.T
+    return Analysis(kernel, factorization, (_spectrum(matrix.dot(matrix.T)),))
 
 
-def spectrum(matrix: np.ndarray) -> Spectrum:
-    """Singular values and left singular vectors of a matrix [n, m] by the eigenvectors of matrix @ matrix.T."""
-    values, vectors = _eigenvectors(matrix.dot(matrix.T))
+def _spectrum(gram: np.ndarray) -> Spectrum:
+    """Singular values and left singular vectors of a matrix by the eigenvectors of matrix @ matrix.T."""
+    values, vectors = _eigenvectors(gram)
     return Spectrum(np.sqrt(np.maximum(values, 0)), _with_fixed_signs(vectors))
 
 
@@ -149,27 +152,30 @@ def _two_factors(analysis: Analysis, rank: int) -> Chain:
 
 
 def _tucker(analysis: Analysis, ranks: Tuple[int, int], refinements: int) -> Chain:
-    weight = analysis.weight
-    outputs, inputs = (spectrum_.vectors[:, :rank] for spectrum_, rank in zip(analysis.spectra, ranks))
+    slices, extents = _slices(analysis.weight), analysis.weight.shape[2:]
+    outputs, inputs = (spectrum.vectors[:, :rank] for spectrum, rank in zip(analysis.spectra, ranks))
     for _ in range(refinements):
-        outputs = _turned(outputs, _unfold(_project(weight, inputs, 1), 0))
-        inputs = _turned(inputs, _unfold(_project(weight, outputs, 0), 1))
-    ones = (1,) * (weight.ndim - 2)
-    core = weight
+        outputs = _turned(outputs, _gram_of_outputs(np.matmul(inputs.T, slices)))
+        inputs = _turned(inputs, _gram_of_inputs(np.matmul(slices, outputs)))
+    ones = (1,) * len(extents)
+    core = slices
     first: Chain = ()
     last: Chain = ()
-    if ranks[1] < weight.shape[1]:
-        core, basis = _split(core, inputs, 1)
+    if ranks[1] < slices.shape[1]:
+        core = np.matmul(inputs.T, core)
+        strength = _strengths(np.sqrt(np.einsum("kio,kio->i", core, core)))
+        core, basis = core / strength[:, None], inputs * strength
         first = (basis.T.reshape(basis.T.shape + ones),)
-    if ranks[0] < weight.shape[0]:
-        core, basis = _split(core, outputs, 0)
+    if ranks[0] < slices.shape[2]:
+        core = np.matmul(core, outputs)
+        strength = _strengths(np.sqrt(np.einsum("kio,kio->o", core, core)))
+        core, basis = core / strength, outputs * strength
         last = (basis.reshape(basis.shape + ones),)
-    return first + (core,) + last
+    return first + (_from_slices(core, extents),) + last
 
 
-def _turned(basis: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """A basis turned towards the leading left singular vectors of ``matrix``, by orthogonal iteration."""
-    gram = matrix.dot(matrix.T)
+def _turned(basis: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """A basis turned towards the leading eigenvectors of ``gram``, by orthogonal iteration."""
     for _ in range(_TURNS):
         basis = np.linalg.qr(gram.dot(basis))[0]
     return _with_fixed_signs(basis.dot(_eigenvectors(basis.T.dot(gram).dot(basis))[1]))
@@ -187,28 +193,34 @@ def _with_fixed_signs(vectors: np.ndarray) -> np.ndarray:
     return vectors * np.where(largest < 0, -1.0, 1.0)
 
 
-def _split(core: np.ndarray, vectors: np.ndarray, mode: int) -> Tuple[np.ndarray, np.ndarray]:
-    """The core in the basis of ``vectors`` along ``mode``, and that basis, each component's strength shared by both."""
-    projected = _project(core, vectors, mode)
-    strength = _strengths(np.linalg.norm(_unfold(projected, mode), axis=1))
-    along = [1] * core.ndim
-    along[mode] = -1
-    return projected / strength.reshape(along), vectors * strength
-
-
 def _strengths(values: np.ndarray) -> np.ndarray:
     """Square roots of singular values, not smaller than rounding allows to divide by."""
     floor = _WEAKEST * float(values.max())
     return np.sqrt(np.maximum(values, floor)) if floor else np.ones_like(values)
 
 
-def _project(weight: np.ndarray, vectors: np.ndarray, mode: int) -> np.ndarray:
-    """The weight's channels of ``mode`` in the basis of the columns of ``vectors``."""
-    return np.moveaxis(np.tensordot(vectors, weight, axes=(0, mode)), 0, mode)
+def _slices(weight: np.ndarray) -> np.ndarray:
+    """A kernel [O, I, *extents] as a matrix for each of its positions, without gaps in memory: [positions, I, O].
+
+    Products along either channel need no other order.
+    """
+    last = np.ascontiguousarray(np.moveaxis(weight, (1, 0), (-2, -1)))
+    return last.reshape((-1,) + last.shape[-2:])
 
 
-def _unfold(weight: np.ndarray, mode: int) -> np.ndarray:
-    return np.moveaxis(weight, mode, 0).reshape(weight.shape[mode], -1)
+def _from_slices(slices: np.ndarray, extents: Shape) -> np.ndarray:
+    """The inverse of ``_slices``; a view."""
+    return np.moveaxis(slices.reshape(extents + slices.shape[1:]), (-2, -1), (1, 0))
+
+
+def _gram_of_outputs(slices: np.ndarray) -> np.ndarray:
+    matrix = slices.reshape(-1, slices.shape[2])
+    return matrix.T.dot(matrix)
+
+
+def _gram_of_inputs(slices: np.ndarray) -> np.ndarray:
+    matrix = slices.swapaxes(0, 1).reshape(slices.shape[1], -1)
+    return matrix.dot(matrix.T)
 
 
 def _as_matrix(weight: np.ndarray, factorization: Factorization) -> np.ndarray:
