@@ -6,7 +6,8 @@ keeps the old edges, and a function body that was already serialised never chang
 from __future__ import annotations
 
 import gc
-from typing import Any, Dict, Iterator, List, Set
+import itertools
+from typing import Any, Dict, Iterator, List, Sequence, Set
 
 import tensorflow.compat.v1 as tf
 
@@ -51,10 +52,22 @@ def _gradient_op(graph: tf.Graph) -> str:
 
 def _open_sessions(graph: tf.Graph) -> Iterator[Any]:
     # TensorFlow keeps no list of a graph's sessions. Types are looked at rather than isinstance, which would wake up
-    # every lazy module proxy in the process.
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), tf.Session) and candidate.graph is graph and not candidate._closed:
+    # every lazy module proxy in the process; there are hundreds of thousands of objects, hence no loop of Python's.
+    kinds = {id(kind) for kind in _with_subclasses([tf.Session, tf.InteractiveSession])}
+    objects = gc.get_objects()
+    for candidate in itertools.compress(objects, map(kinds.__contains__, map(id, map(type, objects)))):
+        if candidate.graph is graph and not candidate._closed:
             yield candidate
+
+
+def _with_subclasses(kinds: Sequence[type]) -> Set[type]:
+    found: Set[type] = set()
+    waiting = list(kinds)
+    while waiting:
+        kind = waiting.pop()
+        found.add(kind)
+        waiting.extend(kind.__subclasses__())
+    return found
 
 
 def _hidden_layer(graph: tf.Graph) -> str:

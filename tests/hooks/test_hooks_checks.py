@@ -43,6 +43,19 @@ def test_a_graph_with_a_session(graph):
     LSQQuantizer(graph)
 
 
+class OwnSession(tf.Session):
+    """As users write them."""
+
+
+@pytest.mark.parametrize("kind", [OwnSession, tf.InteractiveSession])
+def test_a_graph_with_a_session_of_another_kind(kind, graph):
+    opened = kind(graph=graph)
+    with pytest.raises(RuntimeError, match="close that session"):
+        LSQQuantizer(graph)
+    opened.close()
+    LSQQuantizer(graph)
+
+
 def test_a_session_of_another_graph_is_none_of_its_business(graph):
     with session(tf.Graph()):
         LSQQuantizer(graph)
