@@ -119,11 +119,6 @@ def _explicit(own: OwnWeight, owns: Sequence[bool]) -> List[int]:
 def _product(factors: Sequence[tf.Tensor], transposed: bool) -> tf.Tensor:
     """The kernel that the factors equal, as the layer reads it."""
     product = factors[0]
-    for factor in factors[1:]:
-        if product.shape.rank == 2:
-            product = tf.matmul(factor, product) if transposed else tf.matmul(product, factor)
-            continue
-        both = tf.transpose(tf.tensordot(product, factor, [[3], [2]]), [0, 3, 1, 4, 2, 5])
-        extents = [max(pair) for pair in zip(product.shape.as_list()[:2], factor.shape.as_list()[:2])]
-        product = tf.reshape(both, extents + [product.shape.as_list()[2], factor.shape.as_list()[3]])
+    for factor in factors[1:]:  # where one has a single position, it meets all of the other's
+        product = tf.matmul(factor, product) if transposed else tf.matmul(product, factor)
     return product
