@@ -47,14 +47,19 @@ class Parts(NamedTuple):
             return None
         return Statistics(*(variable.read_value() for variable in (self.first_var, self.middle_mean, self.middle_var)))
 
-    def ends(self, statistics: Optional[Statistics]) -> Tuple[tf.Tensor, tf.Tensor]:
-        """``first`` and ``last`` with the scales of the normalizations that follow and precede them."""
-        first, last = self.first.read_value(), self.last.read_value()
-        if statistics is None:
-            return first, last
-        scales = [gain.read_value() * tf.rsqrt(var + _EPS) for gain, var in (
-            (self.first_gain, statistics.first_var), (self.middle_gain, statistics.middle_var))]
-        return first * scales[0], last * scales[1][:, None]
+    def first_end(self, statistics: Optional[Statistics]) -> tf.Tensor:
+        """``first`` with the scale of the normalization that follows it."""
+        first = self.first.read_value()
+        return first if statistics is None else first * _scale(self.first_gain, statistics.first_var)
+
+    def last_end(self, statistics: Optional[Statistics]) -> tf.Tensor:
+        """``last`` with the scale of the normalization that precedes it."""
+        last = self.last.read_value()
+        return last if statistics is None else last * tf.expand_dims(_scale(self.middle_gain, statistics.middle_var), 1)
+
+
+def _scale(gain: Any, variance: tf.Tensor) -> tf.Tensor:
+    return gain.read_value() * tf.rsqrt(variance + _EPS)
 
 
 def make_parts(own: OwnWeight, how: Expansion, tap: Optional[Sequence[int]]) -> Parts:
@@ -114,10 +119,10 @@ def channels_of(own: OwnWeight) -> Tuple[int, int]:
 
 def chain(first: tf.Tensor, middle: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
     """first [i, s] times middle [..., s, r] times last [r, o]: [..., i, o]."""
-    rank = middle.shape.rank
-    product = tf.tensordot(middle, last, [[rank - 1], [0]])
-    product = tf.tensordot(first, product, [[1], [rank - 2]])
-    return tf.transpose(product, list(range(1, rank - 1)) + [0, rank - 1])
+    shape = middle.shape.as_list()
+    # one product, not one for each position, whose gradients of ``last`` would have to be summed up
+    product = tf.matmul(tf.reshape(middle, [-1, shape[-1]]), last)
+    return absorbed(first, tf.reshape(product, shape[:-1] + last.shape.as_list()[1:]))
 
 
 def with_tap(kernel: tf.Tensor, tap: Optional[Sequence[int]]) -> tf.Tensor:
@@ -132,6 +137,4 @@ def with_tap(kernel: tf.Tensor, tap: Optional[Sequence[int]]) -> tf.Tensor:
 
 def absorbed(first: tf.Tensor, middle: tf.Tensor) -> tf.Tensor:
     """first [i, s] and then middle [..., s, r] as one kernel [..., i, r]."""
-    rank = middle.shape.rank
-    product = tf.tensordot(first, middle, [[1], [rank - 2]])
-    return tf.transpose(product, list(range(1, rank - 1)) + [0, rank - 1])
+    return tf.matmul(first, middle)

@@ -11,7 +11,7 @@ padding, which one layer could not imitate.
 """
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import tensorflow.compat.v1 as tf
 
@@ -34,15 +34,18 @@ from slimtrain.hooks.own_weights import OwnWeight
 
 _MOMENTUM = 0.1
 
+#: 1.0 in training, 0.0 in tests; a number in a graph that only trains
+State = Union[float, tf.Tensor]
 
-def expand_layer(own: OwnWeight, how: Expansion, training: Optional[tf.Tensor]) -> Tuple[List[Any], bool]:
+
+def expand_layer(own: OwnWeight, how: Expansion, training: Optional[State]) -> Tuple[List[Any], bool]:
     """Make a layer an expanded one.
 
     Args:
         own: the layer.
         how: it is expanded.
-        training: 1.0 where the statistics are those of the batch, 0.0 where they are the averages; None for a graph
-            that only knows the averages.
+        training: 1.0 where the statistics are those of the batch (a number where they always are, which spares the
+            graph the choice), 0.0 where they are the averages; None for a graph that only knows the averages.
 
     Returns:
         the variables, and whether the layer has a bypass.
@@ -104,13 +107,12 @@ def _padding(own: OwnWeight) -> List[Tuple[int, int]]:
 
 def _merged(own: OwnWeight, parts: Parts, statistics: Optional[Statistics], tap: Optional[Sequence[int]]) -> tf.Tensor:
     """The kernel that the layer equals with these statistics, as it reads it."""
-    first, last = parts.ends(statistics)
-    kernel = with_tap(chain(first, parts.middle.read_value(), last), tap)
+    kernel = with_tap(chain(parts.first_end(statistics), parts.middle.read_value(), parts.last_end(statistics)), tap)
     return tf.transpose(kernel) if own.transposed else kernel
 
 
 def _normalize(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional[Sequence[int]],
-               training: Optional[tf.Tensor], made: Composition) -> Composition:
+               training: Optional[State], made: Composition) -> Composition:
     """The training path, which readers of the layer move to, and the bias that belongs to each form."""
     layer, edge = own.layer, _bias_edge(own)
     if edge is not None:
@@ -131,18 +133,17 @@ def _normalize(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional
 
 def _bias(bias: tf.Tensor, parts: Parts, statistics: Statistics, name: str) -> tf.Tensor:
     """The layer's bias less what the normalization takes out."""
-    shift = tf.matmul(statistics.middle_mean[None], parts.ends(statistics)[1])
+    shift = tf.matmul(statistics.middle_mean[None], parts.last_end(statistics))
     return tf.subtract(bias, tf.reshape(shift, bias.shape.as_list()), name=name)
 
 
 def _train(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional[Sequence[int]],
-           training: tf.Tensor) -> Tuple[tf.Tensor, Statistics]:
+           training: State) -> Tuple[tf.Tensor, Statistics]:
     """What the layer computes with the statistics of the batch, without its bias; the averages follow."""
     x = own.layer.input
     first_var, first_count = _variance_of_first(x, parts)
     chosen = averages._replace(first_var=_mix(training, first_var, averages.first_var))
-    first, _ = parts.ends(chosen)
-    y = _run(own, x, absorbed(first, parts.middle.read_value()))
+    y = _run(own, x, absorbed(parts.first_end(chosen), parts.middle.read_value()))
     axes = list(range(y.shape.rank - 1))
     middle_mean, middle_var = tf.nn.moments(y, axes)
     batch = Statistics(first_var, middle_mean, middle_var)
@@ -151,7 +152,7 @@ def _train(own: OwnWeight, parts: Parts, averages: Statistics, tap: Optional[Seq
     updates = [_follow(variable, value, training) for variable, value in (
         (parts.first_var, _unbiased(first_var, first_count)), (parts.middle_mean, middle_mean),
         (parts.middle_var, _unbiased(middle_var, count)))]
-    _, last = parts.ends(chosen)
+    last = parts.last_end(chosen)
     y = tf.matmul(y, last) if y.shape.rank == 2 else tf.nn.conv2d(y, last[None, None], strides=[1, 1, 1, 1],
                                                                  padding="VALID")
     with tf.control_dependencies(updates):
@@ -180,7 +181,9 @@ def _run(own: OwnWeight, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
                              padding=op.get_attr("padding").decode(), dilations=list(op.get_attr("dilations")))
 
 
-def _mix(training: tf.Tensor, batch: tf.Tensor, average: tf.Tensor) -> tf.Tensor:
+def _mix(training: State, batch: tf.Tensor, average: tf.Tensor) -> tf.Tensor:
+    if not isinstance(training, tf.Tensor):
+        return batch
     # a choice without a branch: gradients through tf.cond depend on the version of control flow
     return training * batch + (1.0 - training) * average
 
@@ -189,6 +192,6 @@ def _unbiased(variance: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     return variance * (count / tf.maximum(count - 1.0, 1.0))
 
 
-def _follow(variable: Any, value: tf.Tensor, training: tf.Tensor) -> tf.Operation:
+def _follow(variable: Any, value: tf.Tensor, training: State) -> tf.Operation:
     step = training * _MOMENTUM * (tf.stop_gradient(value) - variable.read_value())
     return tf.assign_add(variable, step)

@@ -8,7 +8,7 @@ import tensorflow.compat.v1 as tf
 
 from slimtrain.core import ExpandedLine, select
 from slimtrain.hooks.expanded_parts import Expansion
-from slimtrain.hooks.expansion import expand_layer
+from slimtrain.hooks.expansion import State, expand_layer
 from slimtrain.hooks.float_network import FloatNetwork
 from slimtrain.hooks.graph import ancestors, find_tensor, variables_behind
 from slimtrain.hooks.layers import Layer, LayerKind
@@ -133,11 +133,11 @@ class LOP:
         return self._expanded._replace(network=self._expanded.network._replace(within=ancestors(outputs)),
                                        outputs=tuple(output_names)).frozen(sess)
 
-    def _training(self) -> tf.Tensor:
+    def _training(self) -> State:
         """1.0 in training, 0.0 in tests."""
+        if self._fixed_state:
+            return 1.0
         with self.graph.as_default(), tf.name_scope(None), tf.control_dependencies(None):
-            if self._fixed_state:
-                return tf.constant(1.0, name=STATE_PLACEHOLDER)
             self._state = tf.placeholder(tf.bool, [], name=STATE_PLACEHOLDER)
             return tf.cast(self._state, tf.float32)
 
