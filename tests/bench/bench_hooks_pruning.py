@@ -38,20 +38,25 @@ STEPS_OF_EPOCH = TRAINING // BATCH
 
 def conv(x, name, channels, size=3, stride=1, training=True):
     """A convolution with batch norm."""
-    inputs = x.shape.as_list()[-1]
     with tf.variable_scope(name):
-        kernel = tf.get_variable("kernel", [size, size, inputs, channels],
+        kernel = tf.get_variable("kernel", [size, size, x.shape.as_list()[-1], channels],
                                  initializer=tf.variance_scaling_initializer(2.0))
         x = tf.nn.conv2d(x, kernel, strides=[1, stride, stride, 1], padding="SAME", name="conv")
-        gamma = tf.get_variable("gamma", [channels], initializer=tf.ones_initializer())
-        beta = tf.get_variable("beta", [channels], initializer=tf.zeros_initializer())
-        mean = tf.get_variable("mean", [channels], initializer=tf.zeros_initializer(), trainable=False)
-        variance = tf.get_variable("variance", [channels], initializer=tf.ones_initializer(), trainable=False)
-        if not training:
-            return tf.nn.fused_batch_norm(x, gamma, beta, mean, variance, is_training=False)[0]
-        x, *statistics = tf.nn.fused_batch_norm(x, gamma, beta, is_training=True)[:3]
-        for average, value in zip((mean, variance), statistics):
-            tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, tf.assign_sub(average, (average.read_value() - value) * 0.1))
+        return batch_norm(x, training)
+
+
+def batch_norm(x, training=True):
+    """With variables of the scope."""
+    channels = x.shape.as_list()[-1]
+    gamma = tf.get_variable("gamma", [channels], initializer=tf.ones_initializer())
+    beta = tf.get_variable("beta", [channels], initializer=tf.zeros_initializer())
+    mean = tf.get_variable("mean", [channels], initializer=tf.zeros_initializer(), trainable=False)
+    variance = tf.get_variable("variance", [channels], initializer=tf.ones_initializer(), trainable=False)
+    if not training:
+        return tf.nn.fused_batch_norm(x, gamma, beta, mean, variance, is_training=False)[0]
+    x, *statistics = tf.nn.fused_batch_norm(x, gamma, beta, is_training=True)[:3]
+    for average, value in zip((mean, variance), statistics):
+        tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, tf.assign_sub(average, (average.read_value() - value) * 0.1))
     return x
 
 
