@@ -82,50 +82,60 @@ def source_gradient(source: Source, summed: Callable[[Tensor], Tensor]) -> Tenso
     """
     x, scale, levels = source
     limits = levels.limits.to(x.dtype).unbind()
-    _, change = _backward(torch.clamp(x, *limits[4:]), scale, limits, torch.ones_like(x))
+    _, change = _backward(x, scale, limits, torch.ones_like(x), levels.is_bounded)
     return _scale_gradient(summed(change), scale, limits, x.numel())
 
 
-def fake_quantize(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, levels: Range, owns_gradient: bool = False) -> Tensor:
     """Quantize and dequantize ``x``, or what an activation makes of it.
 
     Args:
         x: float tensor of any shape and memory format.
         scale: float32; a scalar, or one per slice of the first dimension of ``x``.
         levels: the integer range, and the bounds of the activation.
+        owns_gradient: whether backward may overwrite the gradient that it is given, because what reads the result makes
+            one for it alone, as a convolution does for its weight. A sum, for one, gives all its operands the same.
 
     Returns:
         a tensor like ``x``; differentiable in ``x`` and ``scale``.
     """
     if x.dtype in _NARROW:  # a grid of 255 levels does not fit the 8 bits of bfloat16: compute wide, return narrow
-        return fake_quantize(x.float(), scale, levels).to(x.dtype)
+        return fake_quantize(x.float(), scale, levels, owns_gradient).to(x.dtype)
     if x.dtype is not levels.limits.dtype or x.dtype is not scale.dtype:
         scale, levels = scale.to(x.dtype), levels._replace(limits=levels.limits.to(x.dtype))
-    return _FakeQuantize.apply(x, scale, levels)
+    return _FakeQuantize.apply(x, scale, levels, owns_gradient)
 
 
 def integer_levels(x: Tensor, scale: Tensor, levels: Range) -> Tensor:
     """The integers behind ``fake_quantize(x, scale, levels)``, as floats; no gradient."""
-    return _levels(x / _broadcast(scale, x), *levels.limits[:2])
+    return _rounded(torch.clamp(x / _broadcast(scale, x), *levels.limits[:2]))
 
 
-def _levels(t: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    return torch.clamp(torch.sign(t) * torch.floor(torch.abs(t) + 0.5), lower, upper)
+def _rounded(t: Tensor) -> Tensor:
+    """Round half away from zero."""
+    return torch.trunc(t + torch.where(t < 0, -0.5, 0.5))
 
 
-def _forward(x: Tensor, scale: Tensor, limits: Sequence[Tensor]) -> Tensor:
-    lower, upper, smallest, *_ = limits
+# Both are written for the fewest instructions per element: as kernels they are not bound by memory.
+
+
+def _forward(x: Tensor, scale: Tensor, limits: Sequence[Tensor], is_bounded: bool) -> Tensor:
+    lower, upper, smallest, _, low, high = limits
     used = torch.maximum(torch.abs(scale), smallest)
-    return _levels(x / used, lower, upper) * used
+    value = torch.clamp(x, low, high) if is_bounded else x
+    return _rounded(torch.clamp(value / used, lower, upper)) * used
 
 
-def _backward(x: Tensor, scale: Tensor, limits: Sequence[Tensor], grad: Tensor) -> Tuple[Tensor, Tensor]:
+def _backward(x: Tensor, scale: Tensor, limits: Sequence[Tensor], grad: Tensor,
+              is_bounded: bool) -> Tuple[Tensor, Tensor]:
     """Gradients of ``x`` and, element by element, of the scale."""
-    lower, upper, smallest, *_ = limits
-    t = x / torch.maximum(torch.abs(scale), smallest)
-    level = _levels(t, lower, upper)
-    inside = (t >= lower) & (t <= upper)
-    return torch.where(inside, grad, 0.0), grad * torch.where(inside, level - t, level)
+    lower, upper, smallest, _, low, high = limits
+    value = torch.clamp(x, low, high) if is_bounded else x
+    t = value / torch.maximum(torch.abs(scale), smallest)
+    cut = torch.clamp(t, lower, upper)
+    inside = cut == t
+    passes = inside & (x > low) & (x < high) if is_bounded else inside
+    return torch.where(passes, grad, 0.0), grad * (_rounded(cut) - torch.where(inside, t, 0.0))
 
 
 def _scale_gradient(summed: Tensor, scale: Tensor, limits: Sequence[Tensor], elements: int) -> Tensor:
@@ -135,56 +145,59 @@ def _scale_gradient(summed: Tensor, scale: Tensor, limits: Sequence[Tensor], ele
     return signed * gradient_scale * elements ** -0.5
 
 
-def _forward_kernel(x: Tensor, scale: Tensor, packed: Tensor) -> Tuple[Tensor]:
-    limits = packed.unbind()
-    return (_forward(torch.clamp(x, *limits[4:]), scale, limits),)  # a kernel returns a tuple
+# Kernels write into a tensor that they are given: it has the shape that they need not know, and may be the gradient.
 
 
-def _backward_kernel(x: Tensor, scale: Tensor, packed: Tensor, grad: Tensor) -> Tuple[Tensor, Tensor]:
+def _forward_kernel(x: Tensor, scale: Tensor, packed: Tensor, y: Tensor) -> Tuple[Tensor]:
+    y.copy_(_forward(x, scale, packed.unbind(), x.shape[0] == 1))
+    return (scale.clone(),)
+
+
+def _backward_kernel(x: Tensor, scale: Tensor, packed: Tensor, grad: Tensor, dx: Tensor) -> Tuple[Tensor]:
     limits = packed.unbind()
-    low, high = limits[4:]
-    dx, ds = _backward(torch.clamp(x, low, high), scale, limits, grad)
-    summed = ds.sum(dim=-1, keepdim=True)
-    return torch.where((x > low) & (x < high), dx, 0.0), _scale_gradient(summed, scale, limits, x.shape[1])
+    of_x, of_scale = _backward(x, scale, limits, grad, x.shape[0] == 1)
+    dx.copy_(of_x)
+    return (_scale_gradient(of_scale.sum(dim=-1, keepdim=True), scale, limits, x.shape[1]),)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: Range) -> Tensor:
-        scale = scale.clone()  # an averaged scale is overwritten by the next forward, which may come before backward
-        ctx.save_for_backward(x, scale)
-        ctx.levels = levels
-        ctx.source = None if ctx.needs_input_grad[0] or scale.dim() else Source(x, scale, levels)
-        if not _is_fused(x, levels):
-            limits = levels.limits.unbind()
-            value = torch.clamp(x, *limits[4:]) if levels.is_bounded else x
-            return _forward(value, _broadcast(scale, x), limits)
-        with torch._C.DisableTorchFunction():
-            dense, rows = _dense(x, scale), scale.numel()
-            (y,) = _compiled(_forward_kernel, x.device.type)(_matrix(dense, rows), scale.view(rows, 1), levels.limits)
-            return _shaped(y, dense)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: Range, owns_gradient: bool) -> Tensor:
+        ctx.levels, ctx.scale_shape, ctx.owns_gradient = levels, scale.shape, owns_gradient
+        ctx.is_fused = _is_fused(x, scale, levels)
+        # backward gets a copy of the scale: an averaged one is overwritten by the next forward, which may come before
+        if ctx.is_fused:
+            with torch._C.DisableTorchFunction():
+                dense, rows = _dense(x, scale), scale.numel()
+                y = torch.empty_like(dense)
+                (copy,) = _compiled(_forward_kernel, x.device.type)(
+                    _matrix(dense, rows), scale.view(rows, 1), levels.limits, _matrix(y, rows))
+        else:
+            copy = scale.clone()
+            y = _forward(x, _broadcast(scale, x), levels.limits.unbind(), levels.is_bounded)
+        ctx.save_for_backward(x, copy)
+        ctx.source = None if ctx.needs_input_grad[0] or scale.dim() else Source(x, copy.view(()), levels)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, scale = ctx.saved_tensors
-        levels, rows = ctx.levels, scale.numel()
-        if not _is_fused(x, levels):
-            return (*_eager_gradients(x, scale, levels, grads[0]), None)
+        if not ctx.is_fused or torch.is_grad_enabled():  # a gradient of the gradient is wanted, which no kernel has
+            dx, ds = _eager_gradients(x, scale.view(ctx.scale_shape), ctx.levels, grads[0])
+            return dx, ds, None, None
         with torch._C.DisableTorchFunction():
-            dense = _dense(x, scale)
-            grad = grads[0] if grads[0].stride() == dense.stride() else torch.empty_like(dense).copy_(grads[0])
-            dx, ds = _compiled(_backward_kernel, x.device.type)(
-                _matrix(dense, rows), scale.view(rows, 1), levels.limits, _matrix(grad, rows))
-            return dx.view_as(dense) if dense.is_contiguous() else _shaped(dx, dense), ds.view(scale.shape), None
+            dense, rows = _dense(x, scale), scale.numel()
+            matches = grads[0].stride() == dense.stride()
+            grad = grads[0] if matches else torch.empty_like(dense).copy_(grads[0])
+            dx = grad if ctx.owns_gradient or not matches else torch.empty_like(dense)
+            (ds,) = _compiled(_backward_kernel, x.device.type)(
+                _matrix(dense, rows), scale, ctx.levels.limits, _matrix(grad, rows), _matrix(dx, rows))
+            return dx, ds.view(ctx.scale_shape), None, None
 
 
 def _eager_gradients(x: Tensor, scale: Tensor, levels: Range, grad: Tensor) -> Tuple[Tensor, Tensor]:
     limits = levels.limits.unbind()
-    low, high = limits[4:]
-    value = torch.clamp(x, low, high) if levels.is_bounded else x
-    dx, ds = _backward(value, _broadcast(scale, x), limits, grad)
-    if levels.is_bounded:
-        dx = torch.where((x > low) & (x < high), dx, 0.0)
+    dx, ds = _backward(x, _broadcast(scale, x), limits, grad, levels.is_bounded)
     summed = ds.reshape(scale.numel(), -1).sum(dim=-1).view(scale.shape)
     return dx, _scale_gradient(summed, scale, limits, max(1, x.numel() // scale.numel()))
 
@@ -216,29 +229,32 @@ def _matrix(dense: Tensor, rows: int) -> Tensor:
     return dense.as_strided((rows, columns), (columns, 1))
 
 
-def _shaped(y: Tensor, dense: Tensor) -> Tensor:
-    """Give a result its shape back; in place, because autograd forbids the user to change a view in place."""
-    return y.as_strided_(dense.shape, dense.stride())
-
-
-def _is_fused(x: Tensor, levels: Range) -> bool:
+def _is_fused(x: Tensor, scale: Tensor, levels: Range) -> bool:
     least = _COMPILE_ALL_FROM if levels.compiles_all else _COMPILE_FROM
     worth_it = least <= x.numel() < _COMPILE_BELOW and x.dtype is torch.float32
-    return worth_it and type(x) in _PLAIN and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    supported = scale.numel() == 1 or not levels.is_bounded  # the kernel of many scales knows no activation
+    return (worth_it and supported and type(x) in _PLAIN
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
 
 
 @functools.lru_cache(maxsize=None)
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Compile a function, or give it back as it is where this machine has no working compiler."""
     try:
-        one, many = (compile_kernel(function, _examples(function, rows, device)) for rows in (1, 64))
+        one, many = (compile_kernel(function, _examples(function, *shape, device)) for shape in ((1, 8192), (64, 1024)))
     except Exception as error:  # a missing compiler surfaces as any of a dozen types, all of which mean: run eagerly
         logger.info("fake quantization runs eagerly, compiling it does not work here: %s", error)
         return function
     return lambda x, *more: (one if x.shape[0] == 1 else many)(x, *more)
 
 
-def _examples(function: Callable[..., Any], rows: int, device: str) -> List[Tensor]:
-    x, gradient = (torch.ones(rows, _COMPILE_FROM, device=device) for _ in range(2))
-    tensors = [x, torch.ones(rows, 1, device=device), Range.of(-1.0, 1.0, 1e-6, device=torch.device(device)).limits]
-    return tensors if function is _forward_kernel else [*tensors, gradient]
+def _examples(function: Callable[..., Any], rows: int, columns: int, device: str) -> List[Tensor]:
+    """Arguments to compile for.
+
+    Any number of columns will do, but TorchInductor sums up more than 4096 of them in a way that is more accurate and
+    takes a lot longer: worth it for a whole tensor, not for a channel.
+    """
+    x = torch.ones(rows, columns, device=device)
+    limits = Range.of(-1.0, 1.0, 1e-6, device=torch.device(device)).limits
+    tensors = [x, torch.ones(rows, 1, device=device), limits, torch.empty_like(x)]
+    return tensors if function is _forward_kernel else [*tensors, torch.empty_like(x)]

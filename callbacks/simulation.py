@@ -136,7 +136,7 @@ class Simulation(Handler):
             return self._latest_exact
         weight = argument(call.args, call.kwargs, 1, "weight")
         quantized = weight if scales.keep is None else weight * scales.keep
-        quantized = fake_quantize(quantized, scales.weight, scales.weight_range())
+        quantized = fake_quantize(quantized, scales.weight, scales.weight_range(), owns_gradient=True)
         bias = argument(call.args, call.kwargs, 2, "bias")
         if bias is not None and is_depthwise(layer) and call.layer not in self._folded:
             bias = on_grid(bias, self._scale(owner).to(bias.dtype) * scales.weight_scale().to(bias.dtype))
