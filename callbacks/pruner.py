@@ -1,7 +1,7 @@
 """What all pruners of a PyTorch model share: sensitivities, pruning events, weights that stay at zero.
 
-The model keeps its parameters; pruned weights are multiplied by zero after each optimizer step, so momentum and weight
-decay cannot bring them back and every checkpoint of the model is sparse.
+The model keeps its parameters; pruned weights are set to zero after each optimizer step, so momentum and weight decay
+cannot bring them back and every checkpoint of the model is sparse.
 """
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ from slimtrain.proto import PruneType, prune_algorithm, save_algorithm
 logger = logging.getLogger(__name__)
 
 PathLike = Union[str, "os.PathLike[str]"]
+
+#: integers by bytes
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Pruner:
@@ -70,7 +73,7 @@ class Pruner:
         self._batches = 0
         self._scores: Dict[str, Tensor] = {}
         self._keeps: Dict[str, Tensor] = {}    #: parameter name -> bool, True = survives
-        self._factors: Dict[str, Tensor] = {}  #: the same as 0 and 1, because multiplying by floats is ten times faster
+        self._bits: Dict[str, Tensor] = {}     #: the same as masks of a weight's bits: NaN times zero would stay NaN
 
     # -- what an algorithm does
 
@@ -166,11 +169,11 @@ class Pruner:
 
     def apply(self) -> None:
         """Set pruned weights to zero."""
-        if self._factors:
+        if self._bits:
             parameters = dict(self.model.named_parameters())
             with torch.no_grad():
-                for name, factor in self._factors.items():
-                    parameters[name].mul_(factor)
+                for name, bits in self._bits.items():
+                    parameters[name].view(bits.dtype).bitwise_and_(bits)
 
     def found_ratios(self) -> Dict[str, float]:
         """The ratios of the final sparsity, as ``config_file`` takes them: foreseen until the last event is over."""
@@ -250,10 +253,9 @@ class Pruner:
         parameters = dict(self.model.named_parameters())
         self._keeps = keeps
         for name, keep in keeps.items():
-            if name in self._factors:
-                self._factors[name].copy_(keep)
-            else:
-                self._factors[name] = keep.to(parameters[name].dtype)
+            if name not in self._bits:
+                self._bits[name] = torch.empty_like(keep, dtype=_INTEGERS[parameters[name].element_size()])
+            self._bits[name].copy_(keep).neg_()
 
     def _numpy_scores(self) -> Dict[str, np.ndarray]:
         if not self._scores:

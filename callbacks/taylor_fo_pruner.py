@@ -89,7 +89,7 @@ class TaylorFOChannelPruner(Pruner):
         smaller = shrink(self.model, self.plan(), in_place, self._known_example())
         if in_place:
             self._step = max(self._step, self.schedule.last_step + 1)
-            self._factors = {}
+            self._bits = {}
         return smaller
 
     def see_example(self, example: Any) -> None:

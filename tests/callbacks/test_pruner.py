@@ -95,6 +95,28 @@ def test_pruned_weights_stay_exactly_zero(kind, make):
     assert zeros(model, pruner) == before
 
 
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_pruned_weights_are_zero_after_a_step_that_overflowed(kind, dtype):
+    model = Small(12)
+    pruner = kind(model, 0.5, sensitivity_steps=4)
+    model.to(dtype)
+    for index in range(5):
+        x, y = batch(index)
+        model.zero_grad()
+        F.cross_entropy(model(x.to(dtype)), y).backward()
+        pruner.do_pruning(None)
+    dead = {name: (weight == 0).clone() for name, weight in pruner.weights().items()}
+    assert sum(int(each.sum()) for each in dead.values()) > 100
+    with torch.no_grad():
+        for index, weight in enumerate(pruner.weights().values()):
+            weight.fill_([float("nan"), float("inf"), -1.0][index % 3])
+    pruner.apply()
+    for name, weight in pruner.weights().items():
+        assert torch.equal(weight == 0, dead[name])
+        assert not torch.signbit(weight[dead[name]]).any()
+
+
 @pytest.mark.parametrize("ramp, wanted", [
     (Ramp.LINEAR, [0.2, 0.4, 0.6]), (Ramp.CUBIC, [0.6 * 19 / 27, 0.6 * 26 / 27, 0.6])])
 def test_iterations_are_apart_and_grow(ramp, wanted):
