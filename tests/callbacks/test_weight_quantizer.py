@@ -55,7 +55,7 @@ class Varied(nn.Module):
 SHAPES = st.sampled_from([(3, 32, 3, 3), (5, 1, 3, 3), (2, 48), (4, 16, 5), (1, 1, 1, 1)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SHAPES, st.integers(2, 8), st.sampled_from(MODES), st.sampled_from([0, 16]), st.integers(0, 2**31),
        st.sampled_from([1e-7, 1e-3, 1.0, 1e4]))
 def test_operation_gives_the_values_of_the_core(shape, bits, mode, block, seed, size):

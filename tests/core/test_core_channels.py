@@ -90,7 +90,7 @@ def test_partly_fixed_layers_say_so():
 
 
 @given(st.integers(0, 10 ** 6), st.floats(0.05, 0.85), st.sampled_from([1, 4]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_share_of_weights_removed_is_near_the_request(seed, sparsity, align):
     classes = chain([64, 48, 96, 64, 10])
     choice = choose_channels(classes, np.random.RandomState(seed).rand(classes.size), sparsity, align)

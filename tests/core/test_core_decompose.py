@@ -77,7 +77,7 @@ def test_gram_tucker_is_within_a_percent_of_the_iterated_one(make, ranks):
     assert error(weight, TUCKER2, ranks, refinements=40) == pytest.approx(best, rel=1e-3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(outputs=st.integers(1, 9), inputs=st.integers(1, 9), k=st.integers(1, 4), seed=st.integers(0, 99))
 def test_error_never_grows_with_the_rank(outputs, inputs, k, seed):
     weight = random((outputs, inputs, k, k), seed)

@@ -45,7 +45,7 @@ def by_sorting(runs, weight):
                                   "misleading sample"])
 @pytest.mark.parametrize("count", [300, 20000])
 @given(seed=st.integers(0, 10 ** 6), share=st.floats(0, 1), runs=st.integers(1, 3))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_the_lowest_are_those_of_a_full_sort(kind, count, seed, share, runs):
     generator = np.random.RandomState(seed)
     runs = [Run(some_values(kind, generator, generator.randint(count)), size) for size in SIZES[:runs]]

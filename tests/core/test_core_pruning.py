@@ -77,7 +77,7 @@ def test_global_keep_is_the_full_sort(block, sparsity, ratio):
 
 
 @given(st.integers(0, 10 ** 6), st.floats(0, 0.95), st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_number_pruned_is_exact(seed, sparsity, block):
     scores = some_scores(seed)
     total = sum(score.size for score in scores.values())
@@ -86,7 +86,7 @@ def test_the_number_pruned_is_exact(seed, sparsity, block):
 
 
 @given(st.integers(0, 10 ** 6), st.floats(0, 0.95), st.integers(-20, 20), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_scores_count_relative_to_their_layer(seed, sparsity, exponent, block):
     scores = some_scores(seed)
     scaled = {name: score * np.float32(2.0 ** exponent) if name == "b" else score for name, score in scores.items()}
@@ -168,7 +168,7 @@ def test_a_schedule_names_its_events():
 
 
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 20), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_gradients_are_looked_at_just_before_an_event(events, interval, begin, window):
     schedule = PruningSchedule(0.5, events, interval, begin)
     moments = {begin + event * interval for event in range(events)}
@@ -177,7 +177,7 @@ def test_gradients_are_looked_at_just_before_an_event(events, interval, begin, w
 
 
 @given(st.integers(1, 40), st.integers(0, 100), st.integers(0, 500), st.sampled_from(Ramp))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_schedule_between_two_steps_fits(events, begin, length, ramp):
     if length < events - 1:
         with pytest.raises(ValueError, match="do not fit"):

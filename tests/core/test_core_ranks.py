@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slimtrain.core import (
@@ -55,7 +55,6 @@ def test_the_minimal_ratio_is_tuckers_only():
     assert Alignment(1, 0.0).rank(5, 64, TUCKER2) == 5
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.floats(0.01, 10), min_size=1, max_size=12), share=st.floats(0, 1))
 def test_shares_by_loops(values, share):
     values = sorted(values, reverse=True)

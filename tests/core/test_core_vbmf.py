@@ -97,7 +97,7 @@ def test_without_noise_the_rank_is_the_numerical_one(rank):
     assert evbmf(np.linalg.svd(exact.astype(np.float64), compute_uv=False), 40, 50).rank == rank
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), factor=st.floats(1e-4, 1e4))
 def test_transposing_shuffling_and_scaling_change_nothing(seed, factor):
     matrix = noisy(seed)
