@@ -173,7 +173,10 @@ class Pruner:
             parameters = dict(self.model.named_parameters())
             with torch.no_grad():
                 for name, bits in self._bits.items():
-                    parameters[name].view(bits.dtype).bitwise_and_(bits)
+                    integers = _INTEGERS[parameters[name].element_size()]
+                    if bits.dtype is not integers:  # the model was converted since
+                        self._bits[name] = bits = bits.to(integers)
+                    parameters[name].view(integers).bitwise_and_(bits)
 
     def found_ratios(self) -> Dict[str, float]:
         """The ratios of the final sparsity, as ``config_file`` takes them: foreseen until the last event is over."""

@@ -117,6 +117,21 @@ def test_pruned_weights_are_zero_after_a_step_that_overflowed(kind, dtype):
         assert not torch.signbit(weight[dead[name]]).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pruned_weights_stay_zero_in_a_model_that_was_converted(dtype):
+    model = Small(12)
+    pruner = SNIPLevelPruner(model, 0.5, sensitivity_steps=4)
+    train(model, pruner, 5)
+    dead = {name: weight == 0 for name, weight in pruner.weights().items()}
+    model.to(dtype)
+    with torch.no_grad():
+        for weight in pruner.weights().values():
+            weight.fill_(1.5)
+    pruner.apply()
+    for name, weight in pruner.weights().items():
+        assert torch.equal(weight, torch.where(dead[name], 0.0, 1.5).to(dtype))
+
+
 @pytest.mark.parametrize("ramp, wanted", [
     (Ramp.LINEAR, [0.2, 0.4, 0.6]), (Ramp.CUBIC, [0.6 * 19 / 27, 0.6 * 26 / 27, 0.6])])
 def test_iterations_are_apart_and_grow(ramp, wanted):
