@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -171,6 +171,21 @@ class Pruner:
         return rows
 
     # -- the parts, for hooks
+
+    def candidates(self) -> Collection[str]:
+        """The weights that can lose something by themselves."""
+        return list(self.weights)
+
+    def needing(self, name: str) -> List[str]:
+        """The weights that can only be pruned if zeros in one masked variable can be kept."""
+        return [name]
+
+    def leave(self, name: str, reason: str) -> None:
+        """Do not prune a weight whose zeros could not be kept, or of which nothing is known; the report says why."""
+        logger.warning("%s stays dense: %s", name, reason)
+        self.found.left[self.weights[name].layer.name] = reason
+        if self.given_scores is not None:
+            self.given_scores.pop(name, None)
 
     def algorithm(self, sess: tf.Session) -> Optional[Any]:
         """The ``CompressionAlgo`` of what is pruned; None before the first event."""

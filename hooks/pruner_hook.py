@@ -67,12 +67,7 @@ class PrunerHook(ExportingHook):
         """
         super().begin()
         self._quantized = is_quantized(self.graph)
-        trained = add_to_step(self.pruner, self._sensors, self._window, self._is_chief)
-        for name, weight in self.pruner.weights.items():
-            if name not in trained:
-                logger.warning("%s stays dense unless a file of sensitivities holds it: the training step does not "
-                               "train it", name)
-                self.pruner.found.left[weight.layer.name] = "the training step does not train it"
+        add_to_step(self.pruner, self._sensors, self._window, self._is_chief)
         tf.summary.scalar("sparsity", self.pruner.sparsity.read_value())
 
     def followed(self) -> Dict[str, Any]:

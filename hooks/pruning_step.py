@@ -45,7 +45,7 @@ def make_sensors(pruner: Pruner) -> Optional[Sensors]:
         return Sensors(scores, make_variable(SCOPE + "/batches", np.array(0, np.int64), first, collections=()))
 
 
-def add_to_step(pruner: Pruner, sensors: Optional[Sensors], window: int, decides: bool) -> Set[str]:
+def add_to_step(pruner: Pruner, sensors: Optional[Sensors], window: int, decides: bool) -> None:
     """Let the training step look at gradients, take decisions and set weights to zero.
 
     Args:
@@ -54,16 +54,16 @@ def add_to_step(pruner: Pruner, sensors: Optional[Sensors], window: int, decides
         window: steps whose gradients count for an event.
         decides: whether this process takes decisions; the others only keep zeros zero.
 
-    Returns:
-        the weights that the step trains.
+    What the step cannot prune is left, with the reason: ``pruner.leave``.
 
     Raises:
-        RuntimeError: there is no global step, or no operation that counts it and trains a prunable weight.
+        RuntimeError: there is no global step, or no operation that counts it and trains what can be pruned.
     """
     updates = find_updates(pruner.graph)
     count = counting_operation(pruner.graph, set(pruner.weights), updates)
     before = everything_before(count)
     trained = {name for name in pruner.keeps if name in updates and updates[name].op.name in before}
+    _leave_the_rest(pruner, updates, trained, sensors is not None)
     with tf.name_scope(SCOPE + "/step/"):
         # each right after its update, while other gradients are still computed: at the end nothing else would run
         zeroed = [_zero_after([updates[name].op], pruner, name) for name in sorted(trained)]
@@ -71,15 +71,15 @@ def add_to_step(pruner: Pruner, sensors: Optional[Sensors], window: int, decides
             step = tf.cast(tf.train.get_global_step(pruner.graph).read_value(), tf.int64)
             done = [tf.no_op()]
             if decides and sensors is not None:
-                measured = {name: updates[name] for name in pruner.weights
-                            if name in trained and updates[name].gradient is not None}
+                measured = {name: updates[name] for name, weight in pruner.weights.items()
+                            if name in trained and updates[name].gradient is not None
+                            and weight.layer.name not in pruner.found.left}
                 done = [_look(pruner, sensors, measured, step, window)]
             if decides:
                 with tf.control_dependencies(done):
                     done = [_decide(pruner, sensors, step, [] if sensors is None else list(measured), sorted(trained))]
             zeroed = done + [_zero_after(done, pruner, name) for name in pruner.keeps if name not in updates]
     count._add_control_inputs(zeroed)  # TensorFlow has no public way to add a control edge
-    return trained
 
 
 def find_updates(graph: tf.Graph) -> Dict[str, Update]:
@@ -148,6 +148,20 @@ def everything_before(op: tf.Operation) -> Set[str]:
                 seen.add(source.name)
                 waiting.append(source)
     return seen
+
+
+def _leave_the_rest(pruner: Pruner, updates: Dict[str, Update], trained: Set[str], measures: bool) -> None:
+    """Leave what the step can neither keep at zero nor know anything of."""
+    for name in sorted(set(pruner.keeps) - trained):
+        if name in updates:
+            for weight in pruner.needing(name):
+                pruner.leave(weight, "%s trains %s, and does not run before the global step is counted" % (
+                    updates[name].op.name, name))
+        elif name in pruner.weights and measures:
+            pruner.leave(name, "no optimizer trains it, and there is no file of sensitivities")
+    if all(pruner.weights[name].layer.name in pruner.found.left for name in pruner.candidates()):
+        raise RuntimeError("nothing is left to prune: %s" % "; ".join(
+            "%s: %s" % item for item in sorted(pruner.found.left.items())))
 
 
 def _look(pruner: Pruner, sensors: Sensors, measured: Dict[str, Update], step: tf.Tensor,

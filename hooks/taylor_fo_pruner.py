@@ -135,6 +135,17 @@ class TaylorFOChannelPruner(Pruner):
         # a file holds no signs: a bound of what the filter does as a whole
         return np.asarray(weight.rows(saved).sum(axis=(1, 2)), np.float32)
 
+    def candidates(self) -> Collection[str]:
+        return {name for group in self.classes.groups for name in group.layers}
+
+    def needing(self, name: str) -> List[str]:
+        if name in self.classes.vectors:
+            held = self.classes.vectors[name]
+        else:
+            layer = self.classes.layers[name]
+            held = np.concatenate([layer.rows, layer.columns])
+        return [other for other, layer in self.classes.layers.items() if np.isin(layer.rows, held).any()]
+
     def decide(self, scores: Mapping[str, np.ndarray], alive: Optional[Keeps], fraction: float) -> Keeps:
         totals = np.zeros(self.classes.size)
         for name, layer in self.classes.layers.items():

@@ -306,6 +306,73 @@ def test_a_step_that_is_not_counted_is_refused(tmp_path):
         hook.begin()
 
 
+class TwoOptimizers:
+    """Trains one scope with an optimizer of its own, which does not count the global step."""
+
+    def __init__(self, scope, one_after_the_other=False):
+        self.scope = scope
+        self.one_after_the_other = one_after_the_other
+
+    def minimize(self, loss, global_step):
+        other = [v for v in tf.trainable_variables() if v.op.name.startswith(self.scope)]
+        rest = [v for v in tf.trainable_variables() if not v.op.name.startswith(self.scope)]
+        counts = tf.train.MomentumOptimizer(0.05, 0.9)
+        gradients = counts.compute_gradients(loss, rest)
+        first = tf.train.AdamOptimizer(0.01).minimize(loss, var_list=other)
+        with tf.control_dependencies([first] if self.one_after_the_other else []):
+            return tf.group(first, counts.apply_gradients(gradients, global_step))
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("measures", [True, False])
+def test_what_another_optimizer_trains_is_left_and_listed(pruner, measures, tmp_path):
+    shapes = {"c1/kernel": [3, 3, 3, 12], "c2/kernel": [3, 3, 12, 16], "fc/kernel": [16, 5]}
+    save_sensitivity(str(tmp_path / "sens.npy"),
+                     {name: np.random.RandomState(5).rand(*shape) for name, shape in shapes.items()})
+    given = {} if measures else {"sensitivity_npy_file": str(tmp_path / "sens.npy")}
+    with tf.Graph().as_default():
+        x, train, step, (hook,) = build(pruner, str(tmp_path), optimizer=TwoOptimizers("fc/"), **given)
+        variables = {v.op.name: v for v in tf.global_variables() if v.op.name in WEIGHTS}
+        with pruned_run.session(tmp_path, [hook], 100) as run:
+            for number in range(8):
+                run.run(train, {x: batch(number)})
+                shares = zero_shares(run.run(variables))
+            ratios = hook.pruner.current_prune_ratios(run._tf_sess())
+            rows = {row.name: row for row in hook.pruner.report(run._tf_sess())}
+    assert {name: ratios[name] for name in WEIGHTS} == pytest.approx(shares)
+    assert shares["fc/kernel"] == 0 and shares["c2/kernel"] > 0.3
+    assert "does not run before the global step is counted" in rows["fc/matmul"].reason
+
+
+def test_another_optimizer_that_is_waited_for_is_pruned_too(tmp_path):
+    with tf.Graph().as_default():
+        x, train, step, (hook,) = build("SNIPLevelPruner", str(tmp_path), optimizer=TwoOptimizers("fc/", True))
+        variables = {v.op.name: v for v in tf.global_variables() if v.op.name in WEIGHTS}
+        with pruned_run.session(tmp_path, [hook], 100) as run:
+            for number in range(8):
+                run.run(train, {x: batch(number)})
+            shares = zero_shares(run.run(variables))
+            rows = {row.name: row for row in hook.pruner.report(run._tf_sess())}
+    assert shares["fc/kernel"] == pytest.approx(rows["fc/matmul"].ratio) and shares["fc/kernel"] > 0
+
+
+def test_channels_whose_norm_another_optimizer_trains_stay(tmp_path):
+    with tf.Graph().as_default():
+        x, train, step, (hook,) = build("TaylorFOChannelPruner", str(tmp_path), optimizer=TwoOptimizers("b1/"))
+        variables = {v.op.name: v for v in tf.global_variables() if v.op.name in WEIGHTS}
+        with pruned_run.session(tmp_path, [hook], 100) as run:
+            for number in range(8):
+                run.run(train, {x: batch(number)})
+            shares = zero_shares(run.run(variables))
+            rows = {row.name: row for row in hook.pruner.report(run._tf_sess())}
+    assert shares["c1/kernel"] == 0 and shares["c2/kernel"] > 0.3
+    assert "trains b1/" in rows["c1/conv"].reason
+    with tf.Graph().as_default():
+        _, _, _, (hook,) = build("TaylorFOChannelPruner", str(tmp_path), optimizer=TwoOptimizers(("b1/", "c2/bias")))
+        with pytest.raises(RuntimeError, match="nothing is left to prune: .*trains c2/bias"):
+            hook.begin()
+
+
 def test_the_sparsity_is_a_summary(tmp_path):
     with tf.Graph().as_default() as graph:
         x, train, step, made = build("SNIPLevelPruner", str(tmp_path), total_pruning_iterations=1)
