@@ -92,7 +92,7 @@ def inspect_command(file: str, as_json: bool) -> None:
 @click.option("--asymmetric", is_flag=True, help="With --weight-bits: a minimum and a scale per channel.")
 @click.option("--block", default=0, metavar="N", help="With --weight-bits: N = 16, 32... inputs per scale.")
 @click.option("--hqq", is_flag=True, help="With --weight-bits and --asymmetric: optimize the grid.")
-@click.option("--fp16", is_flag=True, help="Store floats in half precision.")
+@click.option("--fp16", is_flag=True, help="Store floats in half precision, rounded to the nearest.")
 @click.option("--sparse", is_flag=True, help=f"Leave zeros out where that is smaller. {_SPARSE_NOTE}")
 @click.option("--allow-partial", is_flag=True, help="Write the model even if layers fall short of --params.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from dataclasses import replace
 from typing import NamedTuple, Optional, Tuple, Union
 
 from slimtrain.core import (
@@ -16,11 +17,12 @@ from slimtrain.core import (
     replace_all,
 )
 from slimtrain.proto.coverage import Comparison, compare, misfits
+from slimtrain.proto.half_floats import round_halves
 from slimtrain.proto.mnnfile import CONVERTER_CODE, CONVERTER_MODULE, inspect_model
 from slimtrain.proto.options import ConvertOptions
 from slimtrain.proto.params import read_params, serialize
 from slimtrain.proto.process import ChildCrashError, quote, require_mnn, run_child
-from slimtrain.proto.schema import Message
+from slimtrain.proto.schema import CompressionAlgo, Message, Pipeline
 from slimtrain.proto.validation import check_pipeline
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -79,6 +81,8 @@ def convert(
     require_mnn(CONVERTER_MODULE)
     with tempfile.TemporaryDirectory(prefix="slimtrain-") as folder:
         _run(source, folder, pipeline, options or ConvertOptions(), timeout)
+        if options is not None and options.fp16:
+            _round_halves(source, folder, pipeline, options, timeout)
         model = inspect_model(os.path.join(folder, _TARGET), timeout)
         wrong = misfits(pipeline, model) if pipeline is not None else ()
         if wrong:
@@ -136,6 +140,31 @@ def _run(
     # The converter ends with status 0 whatever happened.
     if not os.path.isfile(target) or not os.path.getsize(target):
         raise ConversionError(f"converting {source}: no model was written{quote(output)}")
+
+
+def _round_halves(
+    source: str, folder: str, pipeline: Optional[Message], options: ConvertOptions, timeout: float
+) -> None:
+    """Round the half floats of ``_TARGET`` in ``folder`` to the nearest, which MNN does not."""
+    with tempfile.TemporaryDirectory(prefix="slimtrain-") as float_folder:
+        plain = replace(options, fp16=False, sparse=False)
+        _run(source, float_folder, _without_quantization(pipeline), plain, timeout)
+        rounded = round_halves(os.path.join(folder, _TARGET), os.path.join(float_folder, _TARGET))
+    for name in rounded.saturated:
+        _logger.warning("%s: numbers of %s beyond the largest half float become that", source, name)
+    for name in rounded.cut:
+        _logger.warning("%s: the half floats of %s stay as MNN cuts them, not rounded to the nearest", source, name)
+
+
+def _without_quantization(pipeline: Optional[Message]) -> Optional[Message]:
+    """What leaves the weights floats, but changes their number as before: pruned channels."""
+    if pipeline is None:
+        return None
+    rest = Pipeline()
+    rest.CopyFrom(pipeline)
+    del rest.algo[:]
+    rest.algo.extend(item for item in pipeline.algo if item.type != CompressionAlgo.QUANTIZE)
+    return rest if rest.algo else None
 
 
 def _explain_crash(source: str, pipeline: Message, timeout: float) -> str:

@@ -32,7 +32,8 @@ class ConvertOptions:
         weight_block: with ``weight_bits``: input channels per scale, a multiple of 16; 0 for one scale per
             output channel.
         hqq: with ``weight_bits`` and ``asymmetric``: half-quadratic optimization of the grid.
-        fp16: store floats in half precision. MNN then drops ``weight_bits``, so the two exclude each other.
+        fp16: store floats as the nearest half floats. MNN then drops ``weight_bits``, so the two exclude each
+            other.
         sparse: leave zeros out of the file where that makes it smaller. Without ``weight_bits`` that takes
             more than 60 % of zeros (30 % in blocks of 4 channels); full int8 layers are always stored dense.
         extra: further options of ``mnnconvert``, word by word.

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, List, NamedTuple
 
 import numpy as np
 
@@ -25,18 +25,37 @@ class Decoded(NamedTuple):
 
 def decode(path: str) -> Dict[str, Decoded]:
     """Every operator with stored integer weights, by its name."""
+    found = {}
+    for operator in operators(path):
+        quantized = (operator.get("main") or {}).get("quanParameter")
+        if quantized and quantized.get("type") == 1:
+            found[operator["name"]] = _decode(quantized)
+    return found
+
+
+def decode_halves(path: str) -> Dict[str, np.ndarray]:
+    """Every operator with half floats, weights or constants, by its name: float16 [count]."""
+    found = {}
+    for operator in operators(path):
+        main = operator.get("main") or {}
+        stored = main.get("uint8s") if main.get("dataType") == "DT_HALF" else None
+        if main.get("quanParameter", {}).get("type") == 3:
+            stored = main["quanParameter"]["buffer"]
+        if stored is not None:
+            found[operator["name"]] = np.array(stored, np.int64).astype(np.uint8).view("<f2")
+    return found
+
+
+def operators(path: str) -> List[Dict[str, Any]]:
+    """The converter's own description of a file, operator by operator; those of branches follow."""
     with tempfile.TemporaryDirectory() as folder:
         target = os.path.join(folder, "dump.json")
         subprocess.run([sys.executable, "-c", _DUMP, "mnnconvert", "-f", "MNN", "--modelFile", os.path.abspath(path),
                         "--JsonFile", target], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         with open(target, encoding="utf-8") as file:
             text = re.sub(r"-?\b(nan|inf)\b(?=[,\s])", "0", file.read())
-    found = {}
-    for operator in json.loads(text)["oplists"]:
-        quantized = (operator.get("main") or {}).get("quanParameter")
-        if quantized and quantized.get("type") == 1:
-            found[operator["name"]] = _decode(quantized)
-    return found
+    net = json.loads(text)
+    return net["oplists"] + [node for graph in net.get("subgraphs", []) for node in graph["nodes"]]
 
 
 def _decode(quantized: Dict[str, Any]) -> Decoded:
