@@ -14,7 +14,7 @@ from slimtrain.hooks.fake_quant import Levels
 from slimtrain.hooks.layers import Layer
 from slimtrain.hooks.lsq_quantizer import LSQQuantizer
 from slimtrain.hooks.overflow import peak
-from slimtrain.hooks.quantizer import Grids
+from slimtrain.hooks.quantized_graph import Grids
 from slimtrain.hooks.state import SCOPE, Scale, make_variable
 from slimtrain.proto import QuantMethod
 
