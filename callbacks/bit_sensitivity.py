@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.layers import choose_layers, weight_count
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
 from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.operations import tensors_in
-from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer, why_not_stored
 from slimtrain.core import LayerState, WeightMode
 from slimtrain.core.bit_choice import BitSensitivity

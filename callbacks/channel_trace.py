@@ -27,9 +27,10 @@ from slimtrain.callbacks.channel_rules import (
     varies_with,
     varying,
 )
+from slimtrain.callbacks.handling import Call, Handler
 from slimtrain.callbacks.model_view import evaluation, float_view, unnoticed
 from slimtrain.callbacks.operations import argument, function_name, map_tensors, tensors_in
-from slimtrain.callbacks.tracking import Call, Handler, Tracker
+from slimtrain.callbacks.tracking import Tracker
 from slimtrain.core import ChannelClasses, ChannelGraph, OpKind, select
 
 

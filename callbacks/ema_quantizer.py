@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimtrain.callbacks.layer_scales import LayerScales, scales_of
+from slimtrain.callbacks.layer_scales import LayerScales, average_activation_scales, scales_of
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
 from slimtrain.callbacks.recording import Plan
 from slimtrain.callbacks.simulation import Simulation
@@ -109,7 +109,7 @@ class RangeTracking(Simulation):
     def end(self, tracker: Tracker) -> None:
         if self._tracks:
             self._tracks = False
-            _average_over_ranks([scales_of(layer) for layer in self._layers.values()])
+            average_activation_scales([scales_of(layer) for layer in self._layers.values()])
 
     def quantize(self, value: Tensor, owner: Owner, scales: LayerScales) -> Tensor:
         if self._tracks:
@@ -134,14 +134,3 @@ def _range_scale(value: Tensor, grid: Grid) -> Tensor:
     values = value.detach()
     largest = values.abs().amax() if grid.signed else values.amax().clamp_min(0)
     return (largest.float() / grid.upper).clamp_min(SMALLEST_SCALE)
-
-
-def _average_over_ranks(scales: List[LayerScales]) -> None:
-    """Every rank sees other data: all go on with the mean, in one collective operation."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    stacked = torch.stack([own.activation.detach() for own in scales])
-    torch.distributed.all_reduce(stacked)
-    with torch.no_grad():
-        for own, mean in zip(scales, stacked / torch.distributed.get_world_size()):
-            own.activation.copy_(mean)

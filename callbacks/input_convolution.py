@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import grad as gradients
 
 from slimtrain.callbacks.fake_quant import Source, source_gradient
+from slimtrain.callbacks.handling import Call
 from slimtrain.callbacks.operations import argument, function_name
-from slimtrain.callbacks.tracking import Call
 
 _Sizes = Union[int, Tuple[int, ...]]
 

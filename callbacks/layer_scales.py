@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Collection, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from slimtrain.callbacks.fake_quant import NO_BOUNDS, Bounds, Range
+from slimtrain.callbacks.ranks import are_several, average_over_ranks
 from slimtrain.core import SMALLEST_SCALE, Grid, Role, activation_grid, mse_scale, weight_grid
 
 #: the attribute of a layer under which its scales hang
@@ -161,3 +162,42 @@ def scales_of(layer: nn.Module) -> LayerScales:
     if not isinstance(scales, LayerScales):
         raise RuntimeError("layer %s has no scales: call convert() first" % type(layer).__name__)
     return scales
+
+
+def average_activation_scales(scales: Sequence[LayerScales]) -> None:
+    """Every rank has seen other data: all go on with the mean, in one collective operation."""
+    if not are_several():
+        return
+    stacked = torch.stack([own.activation.detach() for own in scales])
+    average_over_ranks(stacked)
+    with torch.no_grad():
+        for own, mean in zip(scales, stacked):
+            own.activation.copy_(mean)
+
+
+def scales_state(scales: Mapping[str, LayerScales]) -> Dict[str, Any]:
+    """All that is learned or was found out of the scales of some layers, by layer: plain tensors and numbers."""
+    return {
+        "weight": {name: own.weight.detach().clone() for name, own in scales.items()},
+        "activation": {name: own.activation.detach().clone() for name, own in scales.items()},
+        "sizes": {name: list(own.sizes) for name, own in scales.items()},
+        "keep": {name: own.keep.clone() for name, own in scales.items() if own.keep is not None},
+    }
+
+
+def load_scales(scales: Mapping[str, LayerScales], state: Mapping[str, Any]) -> None:
+    """Restore what :func:`scales_state` gave.
+
+    Raises:
+        ValueError: the state is that of other layers.
+    """
+    differing = sorted(set(state["weight"]) ^ set(scales))
+    if differing:
+        raise ValueError("the saved scales are of other layers than this model quantizes: %s" % ", ".join(differing))
+    with torch.no_grad():
+        for name, own in scales.items():
+            own.weight.copy_(state["weight"][name])
+            own.activation.copy_(state["activation"][name])
+            own.sizes = ScaleSizes(*state["sizes"][name])
+            if own.keep is not None and name in state["keep"]:
+                own.keep.copy_(state["keep"][name])

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.factors import array_of
 from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
-from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.weight_quantizer import WeightQuantizer
 from slimtrain.core import LayerStatistics, SeenLayer, quantization_statistics, range_of
 

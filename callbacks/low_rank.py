@@ -8,6 +8,7 @@ from typing import Any, Collection, Dict, Optional, Sequence, Tuple, Union
 
 from torch import Tensor, nn
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.factors import (
     LowRankChain,
     array_of,
@@ -21,7 +22,6 @@ from slimtrain.callbacks.factors import (
 from slimtrain.callbacks.layers import layer_kind, weight_count
 from slimtrain.callbacks.low_rank_structure import Structure
 from slimtrain.callbacks.model_view import evaluation, unnoticed
-from slimtrain.callbacks.quantizer import arguments
 from slimtrain.core import (
     Alignment,
     BudgetRanks,

@@ -12,6 +12,7 @@ from slimtrain.callbacks.callback import compressions
 from slimtrain.callbacks.low_rank import FactorizedLayer, LowRankDecomposition, log_report
 from slimtrain.callbacks.low_rank_structure import apply_structure, structure_in, structure_of
 from slimtrain.callbacks.plain_callback import PlainCallback
+from slimtrain.callbacks.ranks import are_several
 from slimtrain.core import ChosenSpectrum, RankRule, SlimtrainError, chosen_spectra, spectra_from_json, spectra_to_json
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class LowRankDecompositionCallback(PlainCallback):
             pl_module.load_state_dict(_weights(self.start_from))
             self._started = True
         before = self._target
-        if before is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if before is None and are_several():
             _take_weights_of_first_rank(pl_module, trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
         if self._target is not before:

@@ -6,9 +6,9 @@ from typing import Any, Collection, Dict, Iterable, Mapping, Optional, Union
 
 from torch import nn
 
+from slimtrain.callbacks.batches import Batch
 from slimtrain.callbacks.observing import Observing, observations_of, observations_state
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
-from slimtrain.callbacks.quantizer import Batch
 from slimtrain.callbacks.recording import Plan
 from slimtrain.core import ActivationMethod, activation_grid, weight_grid
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slimtrain.callbacks.layer_scales import scales_of
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
+from slimtrain.callbacks.ranks import largest_over_ranks
 from slimtrain.callbacks.recording import Plan
 from slimtrain.callbacks.simulation import Simulation
 from slimtrain.callbacks.tracking import Tracker
@@ -171,8 +172,7 @@ class OverflowWatch(Simulation):
             return
         names = sorted(self._peaks)
         peaks = torch.stack([self._peaks[name] for name in names])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(peaks, torch.distributed.ReduceOp.MAX)
+        largest_over_ranks(peaks)
         self._peaks = {}
         self._quantizer.narrow(dict(zip(names, peaks.tolist())))
 

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.handling import Call
 from slimtrain.callbacks.layer_scales import LayerScales
 from slimtrain.callbacks.recording import Plan
 from slimtrain.callbacks.simulation import Simulation
-from slimtrain.callbacks.tracking import Call, Tracker
+from slimtrain.callbacks.tracking import Tracker
 from slimtrain.core import (
     ActivationMethod,
     Observation,

@@ -6,9 +6,9 @@ from typing import Any, Dict, List, Optional, Union
 
 from torch import nn
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.deploying_callback import DeployingCallback
 from slimtrain.callbacks.offline_quantizer import OfflineQuantizer
-from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.quantizer_callback import model_inputs
 from slimtrain.core import ActivationMethod, WeightMethod
 

@@ -7,8 +7,9 @@ from typing import Any, Collection, Dict, Iterable, List, Mapping, Optional, Tup
 import numpy as np
 from torch import nn
 
+from slimtrain.callbacks.batches import Batch, arguments
 from slimtrain.callbacks.equalization import ChainRecorder, equalize
-from slimtrain.callbacks.layer_scales import LayerScales
+from slimtrain.callbacks.layer_scales import LayerScales, average_activation_scales
 from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.observing import (
     FloatObserving,
@@ -18,7 +19,6 @@ from slimtrain.callbacks.observing import (
     observed_batches,
 )
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
-from slimtrain.callbacks.quantizer import Batch, arguments
 from slimtrain.callbacks.receptive_moments import MomentObserving, averaged_over_ranks
 from slimtrain.callbacks.rounded_scales import RoundedScales
 from slimtrain.core import (
@@ -154,7 +154,7 @@ class OfflineQuantizer(QATQuantizer):
         for owner, state in seen.items():
             scales = self.scales[owner.layer]
             scales.set_activation_scale(owner.role, calibrated_scale(state, scales.grid(owner.role), self.method))
-        self._average_over_ranks()
+        average_activation_scales(list(self.scales.values()))
         self.simulate_from_now()
         counts = sorted(set(self.batches_seen().values()))
         logger.info("chose %d scales by %s from %s batches", len(seen), self.method.value, "/".join(map(str, counts)))

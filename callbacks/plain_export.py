@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 from torch import nn
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.exporting import Exported, named_inputs
 from slimtrain.callbacks.model_view import evaluation, unnoticed
 from slimtrain.callbacks.onnx_export import export_float
 from slimtrain.callbacks.operations import tensors_in
-from slimtrain.callbacks.quantizer import arguments
 from slimtrain.core import sqnr_db, write_whole
 from slimtrain.proto import convert, run_model, save_parameterless
 

@@ -14,6 +14,7 @@ from slimtrain.callbacks.exporting_callback import ExportingCallback
 from slimtrain.callbacks.moments import epoch_steps, training_steps
 from slimtrain.callbacks.pruner import Pruner
 from slimtrain.callbacks.pruning_export import PrunedFile, deploy_pruned, export_pruned
+from slimtrain.callbacks.ranks import is_first
 from slimtrain.core import Moment, PruningSchedule, check_window, schedule_between, step_of
 from slimtrain.proto import ConvertOptions
 from slimtrain.proto.conversion_report import LayerNote
@@ -183,7 +184,7 @@ class PrunerCallback(ExportingCallback):
         if self._looked:
             self._looked = False
             if self.pruner.prune_if_due():
-                self.pruner.write_ratios(self.result_file if self.result_file and _is_first_rank() else None)
+                self.pruner.write_ratios(self.result_file if self.result_file and is_first() else None)
                 self._sparsity = self.pruner.sparsity
         self.pruner.apply()
 
@@ -191,8 +192,3 @@ class PrunerCallback(ExportingCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _is_first_rank() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0

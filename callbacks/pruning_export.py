@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 import onnx
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.exporting import Exported, named_inputs
 from slimtrain.callbacks.onnx_export import export_float
 from slimtrain.callbacks.pruner import Pruner
-from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.shrinking import save_channel_plan
 from slimtrain.callbacks.taylor_fo_pruner import TaylorFOChannelPruner
 from slimtrain.core import sqnr_db, write_whole

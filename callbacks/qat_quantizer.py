@@ -8,13 +8,14 @@ from typing import Any, List, Mapping, Optional, Type, TypeVar, Union
 import onnx
 from torch import nn
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.checkpoints import read_saved
 from slimtrain.callbacks.deployment import deployed_layers
 from slimtrain.callbacks.exporting import Deployed, Exported, deploy, named_inputs, record, write_params_only
 from slimtrain.callbacks.model_view import submodule
 from slimtrain.callbacks.onnx_export import export_float
 from slimtrain.callbacks.qdq import write_qdq
-from slimtrain.callbacks.quantizer import Quantizer, arguments
+from slimtrain.callbacks.quantizer import Quantizer
 from slimtrain.proto.deployed import DeployedLayer
 from slimtrain.proto.onnx_files import write_files
 

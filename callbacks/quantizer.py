@@ -4,21 +4,33 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from typing import Any, Collection, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Collection, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.batches import Batch, arguments
 from slimtrain.callbacks.calibration import Calibration
-from slimtrain.callbacks.layer_scales import SCALES, Bits, LayerScales, ScaleSizes, scales_of
-from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count
+from slimtrain.callbacks.handling import Handler
+from slimtrain.callbacks.layer_scales import (
+    SCALES,
+    Bits,
+    LayerScales,
+    average_activation_scales,
+    load_scales,
+    scales_of,
+    scales_state,
+)
+from slimtrain.callbacks.layers import choose_layers, weight_count
 from slimtrain.callbacks.model_view import evaluation, is_compiled, unnoticed
+from slimtrain.callbacks.ranks import are_several, least_over_ranks
 from slimtrain.callbacks.recording import Plan, Recorder
 from slimtrain.callbacks.simulation import Simulation
-from slimtrain.callbacks.tracking import Handler, OwnHook, Tracker
+from slimtrain.callbacks.tracked_model import TrackedModel
+from slimtrain.callbacks.tracking import OwnHook
 from slimtrain.callbacks.weight_decay import ScaleGroups
-from slimtrain.core import Coverage, Grid, LayerCoverage, LayerState, Role, activation_grid, mse_scale
+from slimtrain.core import Grid, Role, activation_grid, mse_scale
 from slimtrain.core import Quantizer as Owner
 from slimtrain.proto.progress import with_progress
 
@@ -28,14 +40,7 @@ _STORED_BITS = 8
 _LARGE = 1 << 17  #: weights of a network that trains for so long that seconds of compiling do not count
 
 
-class Batch(NamedTuple):
-    """The arguments of one run of a model."""
-
-    args: Tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-class Quantizer:
+class Quantizer(TrackedModel):
     """Simulates a model as MNN will run it in int8, in place.
 
     The model object, its submodules and its parameters stay what they are; scales are added to its ``parameters()``
@@ -65,34 +70,22 @@ class Quantizer:
                             "tensors; quantize the uncompiled model")
         if scale_lr_ratio <= 0:
             raise ValueError("scale_lr_ratio must be positive, got %r" % scale_lr_ratio)
-        self.model = model
+        super().__init__(model, choose_layers(model, skip_quant_layers), Handler())
         self.bits = Bits(weight_bits, activation_bits)
         self.plan: Optional[Plan] = None
         self.calibrating = False
         self.frozen = False  #: whether scales stay as they are
         self.seen: Dict[Owner, Any] = {}  #: what calibration has seen of each activation
-        self._choice = choose_layers(model, skip_quant_layers)
         self._skip = tuple(skip_quant_layers)
         self._unsigned = unsigned_activations
         self._retain_sparsity = retain_sparsity
         self._scale_lr_ratio = scale_lr_ratio
         self._debug = debug_info
-        self._tracker = Tracker(model, self.layers, Handler())
-        self._handles: List[Any] = []
         self.scales = {name: self.make_scales(layer) for name, layer in self.layers.items()}
         is_large = sum(map(weight_count, self.layers.values())) >= _LARGE
         for scales in self.scales.values():
             scales.compiles_all = is_large
         self._groups = ScaleGroups(self, scale_lr_ratio)
-
-    @property
-    def layers(self) -> Dict[str, nn.Module]:
-        """The quantized layers by name, in the order of the model."""
-        return self._choice.quantized
-
-    def modules(self) -> Dict[str, nn.Module]:
-        """All modules of the model by name."""
-        return dict(self.model.named_modules())
 
     def scale_parameters(self) -> List[nn.Parameter]:
         """The scales, as parameters."""
@@ -149,11 +142,6 @@ class Quantizer:
 
     # -- presence on the model
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether scales and hooks are on the model."""
-        return bool(self._handles)
-
     def attach(self) -> None:
         """Put scales and hooks on the model; does nothing when they are there.
 
@@ -168,15 +156,13 @@ class Quantizer:
                                    "first" % name)
         for name, layer in self.layers.items():
             layer.add_module(SCALES, self.scales[name])
-        self._handles = self._tracker.attach()
+        super().attach()
         self._handles.append(
             self.model.register_forward_pre_hook(_FirstBatch(self), with_kwargs=True, prepend=True))
 
     def detach(self) -> None:
         """Take scales and hooks off the model; it computes as the float model it is. Nothing is forgotten."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        super().detach()
         for layer in self.layers.values():
             layer._modules.pop(SCALES, None)
 
@@ -211,12 +197,12 @@ class Quantizer:
                 args, kwargs = arguments(batch)
                 if calibration is None:
                     calibration = self.make_calibration(self.record(args, kwargs))
-                with self._handling(calibration):
+                with self.handling(calibration):
                     self.model(*args, **kwargs)
                 count += 1
         if not count:
             raise ValueError("calibration needs at least one batch, got none")
-        self._average_over_ranks()
+        average_activation_scales(list(self.scales.values()))
         self._measure_sizes()
         self.seen = calibration.counted()
         self.simulate_from_now()
@@ -227,7 +213,7 @@ class Quantizer:
         norms = {id(module.running_mean): name for name, module in self.model.named_modules()
                  if isinstance(getattr(module, "running_mean", None), Tensor)}
         recorder = Recorder(norms)
-        with unnoticed(self.model), evaluation(self.model), self._handling(recorder):
+        with unnoticed(self.model), evaluation(self.model), self.handling(recorder):
             outputs = self.model(*args, **kwargs)
             # the marks on the outputs belong to the run that just ended, which is still the tracker's latest
             self.plan = plan = self._agree_on_signs(recorder.finish(outputs, self._tracker))
@@ -235,12 +221,6 @@ class Quantizer:
         for name in self.unused_layers():
             logger.warning("the model's forward does not run %r as a layer: it stays float", name)
         return plan
-
-    def run_quietly(self, batch: Any, handler: Handler) -> None:
-        """Run the model once in evaluation mode, for what a handler sees; the model is left as it was."""
-        args, kwargs = arguments(batch)
-        with unnoticed(self.model), evaluation(self.model), self._handling(handler):
-            self.model(*args, **kwargs)
 
     def restart_weight_scales(self) -> None:
         """Choose the weight scales anew, from the weights as they are."""
@@ -277,15 +257,6 @@ class Quantizer:
             raise RuntimeError("nothing is known of the activations yet: train, or call calibrate(batches), first")
         return self.plan
 
-    def open_step(self) -> None:
-        """A training step begins: what it runs outside any module belongs to the model itself."""
-        self._tracker.open()
-
-    def close_step(self, finished: bool = True) -> None:
-        """A training step has run its forward, or broke off; does nothing when none is open."""
-        if self._tracker.close() and finished:
-            self._tracker.handler.end(self._tracker)
-
     # -- results
 
     def simulate(self, *args: Any, **kwargs: Any) -> Any:
@@ -295,29 +266,12 @@ class Quantizer:
             RuntimeError: nothing is known of the activations yet.
         """
         self.known_plan()
-        attached = self.is_attached
-        self.attach()
-        try:
-            with unnoticed(self.model), evaluation(self.model):
-                return self.model(*args, **kwargs)
-        finally:
-            if not attached:
-                self.detach()
+        with self.attached(), unnoticed(self.model), evaluation(self.model):
+            return self.model(*args, **kwargs)
 
-    def coverage(self) -> Coverage:
-        """Each parameterised layer, its share of the weights, and why it is left float if it is."""
-        unused = self.unused_layers()
-        rows = []
-        for name, module in self.model.named_modules():
-            if name in self.layers:
-                reason = "the model's forward does not run it as a layer" if name in unused else ""
-            elif name in self._choice.left_float:
-                reason = self._choice.left_float[name]
-            else:
-                continue
-            state = LayerState.FLOAT if reason else LayerState.INT8
-            rows.append(LayerCoverage(name, layer_kind(module), weight_count(module), state, reason))
-        return Coverage(tuple(rows))
+    def why_left(self, name: str) -> str:
+        unused = name in self.layers and name in self.unused_layers()
+        return "the model's forward does not run it as a layer" if unused else super().why_left(name)
 
     # -- state
 
@@ -335,11 +289,8 @@ class Quantizer:
             "algorithm": type(self).__name__,
             "configuration": self.configuration(),
             "plan": json.dumps(self.plan.to_json(), sort_keys=True) if self.plan else "",
-            "weight": {name: scales.weight.detach().clone() for name, scales in self.scales.items()},
-            "activation": {name: scales.activation.detach().clone() for name, scales in self.scales.items()},
             "frozen": self.frozen,
-            "sizes": {name: list(scales.sizes) for name, scales in self.scales.items()},
-            "keep": {name: scales.keep.clone() for name, scales in self.scales.items() if scales.keep is not None},
+            **scales_state(self.scales),
         }
         return state
 
@@ -354,19 +305,8 @@ class Quantizer:
             if saved[name] != mine[name]:
                 raise ValueError("the saved scales are for %s=%r, this quantizer has %r" % (
                     name, saved[name], mine[name]))
-        if set(state["weight"]) != set(self.scales):
-            differing = sorted(set(state["weight"]) ^ set(self.scales))
-            raise ValueError("the saved scales are of other layers than this model quantizes: %s" % (
-                ", ".join(differing)))
-        with torch.no_grad():
-            for name, scales in self.scales.items():
-                scales.weight.copy_(state["weight"][name])
-                scales.activation.copy_(state["activation"][name])
-                if scales.keep is not None and name in state["keep"]:
-                    scales.keep.copy_(state["keep"][name])
+        load_scales(self.scales, state)
         self.frozen = bool(state["frozen"])
-        for name, sizes in state["sizes"].items():
-            self.scales[name].sizes = ScaleSizes(*sizes)
         if state["plan"]:
             self.plan = Plan.from_json(json.loads(state["plan"]))
             self._choose_ranges()
@@ -391,14 +331,6 @@ class Quantizer:
         finally:
             self.calibrating = False
 
-    @contextlib.contextmanager
-    def _handling(self, handler: Handler) -> Iterator[None]:
-        before, self._tracker.handler = self._tracker.handler, handler
-        try:
-            yield
-        finally:
-            self._tracker.handler = before
-
     def _choose_ranges(self) -> None:
         """Give each tensor its integer levels.
 
@@ -412,37 +344,20 @@ class Quantizer:
             bits = self.bits.activation if owner in read else _STORED_BITS
             self.scales[owner.layer].set_grid(owner.role, activation_grid(bits, signed))
 
-    def _average_over_ranks(self) -> None:
-        """Every rank has calibrated on other data: all go on with the mean."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        for scales in self.scales.values():
-            torch.distributed.all_reduce(scales.activation.data)
-            scales.activation.data /= torch.distributed.get_world_size()
-
     def _agree_on_signs(self, plan: Plan) -> Plan:
         """A tensor that any rank saw below zero is signed on all."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not are_several():
             return plan
         owners = sorted(set(plan.owners.values()), key=lambda owner: (owner.layer, owner.role.value))
         device = next(iter(self.scales.values())).weight.device
         flags = torch.tensor([owner in plan.non_negative for owner in owners], dtype=torch.int32, device=device)
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+        least_over_ranks(flags)
         return plan._replace(non_negative=frozenset(owner for owner, flag in zip(owners, flags.tolist()) if flag))
 
 
 def choose_activation_scale(value: Tensor, grid: Grid) -> float:
     """The start of an activation's scale: least squared error."""
     return float(mse_scale(value.detach().float().cpu().numpy(), grid))
-
-
-def arguments(batch: Any) -> Batch:
-    """An input of the model: a tuple or list is several positional arguments, a dict keyword arguments."""
-    if isinstance(batch, Batch):
-        return batch
-    if isinstance(batch, Mapping):
-        return Batch((), batch)
-    return Batch(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
 
 
 class _FirstBatch(OwnHook):

@@ -8,13 +8,14 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional
 import torch
 from torch import nn
 
+from slimtrain.callbacks.batches import Batch, arguments
 from slimtrain.callbacks.callback import compressions, example_from_batch, has_forward
 from slimtrain.callbacks.deploying_callback import DeployingCallback
 from slimtrain.callbacks.first_batches import first_batches
 from slimtrain.callbacks.model_view import passed_inputs
 from slimtrain.callbacks.moments import step_at
 from slimtrain.callbacks.qat_quantizer import QATQuantizer
-from slimtrain.callbacks.quantizer import Batch, arguments
+from slimtrain.callbacks.ranks import are_several
 from slimtrain.core import Moment, check_window
 from slimtrain.proto.conversion_report import LayerNote
 
@@ -87,7 +88,7 @@ class QuantizerCallback(DeployingCallback):
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         super().on_before_backward(trainer, pl_module, loss)
         learned = [scale for scale in self.new_parameters() if scale.requires_grad]
-        if self._waits and learned and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self._waits and learned and are_several():
             # DDP waits for a gradient of every parameter that it knows
             torch.stack([scale.sum() * 0 for scale in learned]).sum().backward()
 

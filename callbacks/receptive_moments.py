@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.handling import Call
 from slimtrain.callbacks.observing import FloatObserving
 from slimtrain.callbacks.operations import argument
-from slimtrain.callbacks.tracking import Call, Tracker
+from slimtrain.callbacks.ranks import are_several, sum_over_ranks
+from slimtrain.callbacks.tracking import Tracker
 from slimtrain.core import FIELDS_PER_BATCH, LONGEST_FIELD, InputMoments, add_moments, receptive_fields
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class MomentObserving(FloatObserving):
 
 def averaged_over_ranks(moments: Dict[str, InputMoments]) -> Dict[str, InputMoments]:
     """The moments of what all ranks have seen; each has seen other data."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not are_several():
         return moments
     return {name: _summed(seen) for name, seen in sorted(moments.items())}
 
@@ -59,7 +61,7 @@ def _summed(seen: InputMoments) -> InputMoments:
     sums: List[Tensor] = []
     for value in (np.ones(1), seen.mean, seen.second):
         sums.append(torch.from_numpy(value * seen.samples).to(device))
-        torch.distributed.all_reduce(sums[-1])
+        sum_over_ranks(sums[-1])
     samples = sums[0].item()
     return InputMoments(int(samples), sums[1].cpu().numpy() / samples, sums[2].cpu().numpy() / samples)
 

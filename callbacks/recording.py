@@ -10,8 +10,10 @@ from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Set, Tuple
 
 from torch import Tensor
 
+from slimtrain.callbacks.handling import Call, Handler
+from slimtrain.callbacks.marks import Mark
 from slimtrain.callbacks.operations import argument, tensors_in
-from slimtrain.callbacks.tracking import Call, Handler, Mark, Tracker
+from slimtrain.callbacks.tracking import Tracker
 from slimtrain.core import Op, OpKind, Placement, PlannedCall, Quantizer, Role, place
 
 logger = logging.getLogger(__name__)

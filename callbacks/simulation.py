@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from slimtrain.callbacks.deployment import IntegerLayer, integer_layer, output_grid
 from slimtrain.callbacks.device import input_levels, mean_on_device, run_on_device
 from slimtrain.callbacks.fake_quant import Bounds, fake_quantize, source_of
+from slimtrain.callbacks.handling import Call, Handler
 from slimtrain.callbacks.input_convolution import convolve_input, geometry_of
 from slimtrain.callbacks.layer_scales import LayerScales, scales_of
 from slimtrain.callbacks.layers import is_depthwise
 from slimtrain.callbacks.marks import Mark
 from slimtrain.callbacks.operations import argument, map_tensors, mean_of, works_in_place
 from slimtrain.callbacks.recording import Plan, PlannedCall
-from slimtrain.callbacks.tracking import Call, Handler, Tracker
+from slimtrain.callbacks.tracking import Tracker
 from slimtrain.core import SMALLEST_SCALE, Grid, OpKind, Quantizer, Role
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.channel_trace import trace_channels
 from slimtrain.callbacks.operations import map_tensors
 from slimtrain.callbacks.pruner import PathLike, Pruner
 from slimtrain.callbacks.pruning_layers import LayerSparsity
-from slimtrain.callbacks.quantizer import arguments
 from slimtrain.callbacks.shrinking import shrink
 from slimtrain.core import OVERALL, ChannelClasses, ChannelPlan, Ramp, channel_plan, choose_channels, plan_keeps
 from slimtrain.proto import PruneType

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from slimtrain.callbacks.deployment import DeployedLayer, IntegerLayer
+from slimtrain.callbacks.handling import Call
 from slimtrain.callbacks.layer_scales import LayerScales, scales_of
 from slimtrain.callbacks.lsq_quantizer import LSQQuantizer
 from slimtrain.callbacks.simulation import Simulation
-from slimtrain.callbacks.tracking import Call
 from slimtrain.callbacks.winograd import WinogradLayerScales, possible_forms, winograd_conv, winograd_on_device
 from slimtrain.callbacks.winograd_trial import WinogradTrial, geometry_of
 from slimtrain.core import Grid, WinogradForm, WinogradScales

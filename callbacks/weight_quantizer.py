@@ -3,23 +3,21 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, Collection, Dict, List, Mapping, Optional, Set, Type, TypeVar, Union
+from typing import Any, Collection, Dict, Mapping, Optional, Set, Type, TypeVar, Union
 
 import onnx
 from torch import nn
 
+from slimtrain.callbacks.batches import arguments
 from slimtrain.callbacks.checkpoints import read_saved
 from slimtrain.callbacks.exporting import Deployed, Exported, deploy, named_inputs
-from slimtrain.callbacks.layers import choose_layers, layer_kind, weight_count, why_float
+from slimtrain.callbacks.layers import choose_layers, why_float
 from slimtrain.callbacks.model_view import run_double, submodule
 from slimtrain.callbacks.onnx_export import export_float
-from slimtrain.callbacks.quantizer import arguments
-from slimtrain.callbacks.tracking import Tracker
+from slimtrain.callbacks.tracked_model import TrackedModel
 from slimtrain.callbacks.weight_export import StoredLayer, write_stored
 from slimtrain.callbacks.weight_simulation import Storage, WeightSimulation
 from slimtrain.core import (
-    Coverage,
-    LayerCoverage,
     LayerState,
     StoredWeight,
     WeightMode,
@@ -39,7 +37,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 Self = TypeVar("Self", bound="WeightQuantizer")
 
 
-class WeightQuantizer:
+class WeightQuantizer(TrackedModel):
     """Trains a model with its weights on the grid that MNN stores them on, or shows what storing does without training.
 
     The grid is the one that MNN's converter computes from the weights, so the file holds exactly the integers that were
@@ -62,20 +60,20 @@ class WeightQuantizer:
         ValueError: bits outside 2..8, an unknown mode or layer name, a bad block size, nothing to quantize.
     """
 
+    state = LayerState.WEIGHT_ONLY
+
     def __init__(self, model: nn.Module, bits: int = 8, debug_info: bool = False,
                  mode: Union[str, WeightMode] = WeightMode.SYMMETRIC, *, layer_bits: Optional[Mapping[str, int]] = None,
                  skip_quant_layers: Collection[str] = (), block_size: int = 0) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError("model must be a torch.nn.Module, got %s" % type(model).__name__)
         self.check(bits, mode, layer_bits, block_size)
-        self.model = model
+        choice = choose_layers(model, skip_quant_layers, why_not_stored)
+        self.storages = _storages(choice.quantized, bits, WeightMode(mode), layer_bits or {}, block_size)
+        self._simulation = WeightSimulation(self.storages)
+        super().__init__(model, choice, self._simulation)
         self._configuration = {"bits": bits, "mode": WeightMode(mode).value, "layer_bits": dict(layer_bits or {}),
                                "skip_quant_layers": list(skip_quant_layers), "block_size": block_size}
-        self._choice = choose_layers(model, skip_quant_layers, why_not_stored)
-        self.storages = self._storages(bits, WeightMode(mode), layer_bits or {}, block_size)
-        self._simulation = WeightSimulation(self.storages)
-        self._tracker = Tracker(model, self.layers, self._simulation)
-        self._handles: List[Any] = []
         if debug_info:
             for name, storage in self.storages.items():
                 logger.info("%s: %d bits, %s%s", name, storage.bits, storage.mode.value,
@@ -96,19 +94,6 @@ class WeightQuantizer:
             largest_level(width, WeightMode(mode))
         usable_block((1, block_size), block_size)
 
-    def _storages(self, bits: int, mode: WeightMode, layer_bits: Mapping[str, int],
-                  block_size: int) -> Dict[str, Storage]:
-        widths = dict.fromkeys(self.layers, bits)
-        for pattern, width in layer_bits.items():
-            widths.update(dict.fromkeys(select(list(self.layers), [pattern]), width))
-        return {name: Storage(widths[name], mode, usable_block(_weight(layer).shape, block_size))
-                for name, layer in self.layers.items()}
-
-    @property
-    def layers(self) -> Dict[str, nn.Module]:
-        """The layers that are stored in few bits by name, in the order of the model."""
-        return self._choice.quantized
-
     # -- presence on the model
 
     def convert(self) -> nn.Module:
@@ -124,30 +109,6 @@ class WeightQuantizer:
         """Continue after :meth:`strip_wq_ops`."""
         self.attach()
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether hooks are on the model."""
-        return bool(self._handles)
-
-    def attach(self) -> None:
-        """Put hooks on the model; does nothing when they are there."""
-        if not self.is_attached:
-            self._handles = self._tracker.attach()
-
-    def detach(self) -> None:
-        """Take the hooks off the model; it computes as the float model it is."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def open_step(self) -> None:
-        """A training step begins: what it runs outside any module belongs to the model itself."""
-        self._tracker.open()
-
-    def close_step(self, finished: bool = True) -> None:
-        """A training step has run its forward, or broke off; does nothing when none is open."""
-        self._tracker.close()
-
     # -- results
 
     def stored_weights(self) -> Dict[str, StoredWeight]:
@@ -156,23 +117,8 @@ class WeightQuantizer:
 
     def simulate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its stored weights in float64: the reference for what a device computes."""
-        attached = self.is_attached
-        self.attach()
-        try:
+        with self.attached():
             return run_double(self.model, args, kwargs)
-        finally:
-            if not attached:
-                self.detach()
-
-    def coverage(self) -> Coverage:
-        """Each parameterised layer, how it is stored, and why it is left float if it is."""
-        rows = []
-        for name, module in self.model.named_modules():
-            reason = self._choice.left_float.get(name, "")
-            if reason or name in self.layers:
-                state = LayerState.FLOAT if reason else LayerState.WEIGHT_ONLY
-                rows.append(LayerCoverage(name, layer_kind(module), weight_count(module), state, reason))
-        return Coverage(tuple(rows))
 
     # -- files
 
@@ -297,6 +243,15 @@ def why_not_stored(module: nn.Module) -> str:
             module.in_channels, module.out_channels, module.groups):
         return "the converter takes its %d small groups apart" % module.groups
     return reason
+
+
+def _storages(layers: Mapping[str, nn.Module], bits: int, mode: WeightMode, layer_bits: Mapping[str, int],
+              block_size: int) -> Dict[str, Storage]:
+    widths = dict.fromkeys(layers, bits)
+    for pattern, width in layer_bits.items():
+        widths.update(dict.fromkeys(select(list(layers), [pattern]), width))
+    return {name: Storage(widths[name], mode, usable_block(_weight(layer).shape, block_size))
+            for name, layer in layers.items()}
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 from typing import Any, Mapping, NamedTuple, Set
 
+from slimtrain.callbacks.handling import Call, Handler
 from slimtrain.callbacks.operations import argument
-from slimtrain.callbacks.tracking import Call, Handler, Tracker
+from slimtrain.callbacks.tracking import Tracker
 from slimtrain.callbacks.weight_fake_quant import store_weight
 from slimtrain.core import OpKind, WeightMode
 

@@ -6,11 +6,13 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from slimtrain.callbacks.handling import Call
 from slimtrain.callbacks.layer_scales import scales_of
 from slimtrain.callbacks.operations import argument
+from slimtrain.callbacks.ranks import average_over_ranks, least_over_ranks
 from slimtrain.callbacks.recording import Plan
 from slimtrain.callbacks.simulation import Simulation
-from slimtrain.callbacks.tracking import Call, Tracker
+from slimtrain.callbacks.tracking import Tracker
 from slimtrain.callbacks.winograd import Geometry, WinogradLayerScales, geometry
 from slimtrain.core import Quantizer as Owner
 from slimtrain.core import WinogradForm
@@ -80,10 +82,8 @@ def _over_ranks(runs: List[FormTrial], device: torch.device) -> Tuple[Tensor, fl
     """The mean of the scales, and the worst result, over the layer's uses and over ranks."""
     scales = torch.stack([torch.from_numpy(run.scales) for run in runs]).mean(dim=0).to(device)
     worst = torch.tensor(min(run.sqnr_db for run in runs), device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(scales)
-        scales /= torch.distributed.get_world_size()
-        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MIN)
+    average_over_ranks(scales)
+    least_over_ranks(worst)
     return scales, worst.item()
 
 
