@@ -11,7 +11,7 @@ from typing import Any, Callable, Collection, Dict, List, NamedTuple, Optional, 
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-from slimtrain.core import ChannelClasses, ChannelGraph, select
+from slimtrain.core import ChannelClasses, select
 from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.channel_rules import (
     IGNORED,
@@ -30,6 +30,7 @@ from slimtrain.hooks.channel_rules import (
     varying,
     without,
 )
+from slimtrain.hooks.channel_shadows import ConstantEdge, Shadows
 from slimtrain.hooks.graph import ordered_variable
 from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.operations import Network
@@ -37,15 +38,6 @@ from slimtrain.hooks.pruning_layers import PrunableWeight, PrunableWeights
 
 #: moves that are written without any length
 _SIZELESS = frozenset({"Transpose", "ConcatV2", "Split", "Pack", "Unpack"})
-
-
-class ConstantEdge(NamedTuple):
-    """An input that has a value of its own for each channel."""
-
-    op: str        #: name of the operation that reads it
-    position: int  #: of the input
-    axis: int      #: of its channels, from the end (-1: the last)
-    key: str       #: its channels among the vectors of the classes
 
 
 class ReshapeEdge(NamedTuple):
@@ -87,19 +79,16 @@ def trace_channels(graph: tf.Graph, network: Network, found: PrunableWeights,
     return tracer.finish()
 
 
-class _Tracer:
+class _Tracer(Shadows):
     def __init__(self, network: Network, found: PrunableWeights, skip: Collection[str]) -> None:
+        super().__init__()
         self._network = network
         self._found = found
         self._skip = skip
-        self._graph = ChannelGraph()
-        self._shadows: Dict[str, np.ndarray] = {}
         self._read: Set[str] = set()
         self._hidden = {name for norm in network.norms.values() for name in norm.ops}
         self._kernels: Dict[str, PrunableWeight] = {}
-        self._constants: List[ConstantEdge] = []
         self._reshapes: List[ReshapeEdge] = []
-        self._variables: Dict[str, str] = {}
 
     # -- the walk
 
@@ -139,13 +128,6 @@ class _Tracer:
             self._fix(shadow, "a layer that stays reads it: %s" % reason if reason
                       else "its channels go through %s %r" % (op.type, op.name))
         self._start(live)
-
-    def _start(self, tensors: Sequence[tf.Tensor]) -> None:
-        """Values that belong to no channel."""
-        for tensor in tensors:
-            shape = static_shape(tensor)
-            if shape is not None:
-                self._shadows[tensor.name] = spread(np.array(-1), shape)
 
     def _pass_on(self, source: tf.Tensor, result: tf.Tensor) -> None:
         self._read.add(source.name)
@@ -343,64 +325,6 @@ class _Tracer:
         over, keep = tuple(int(axis) for axis in np.ravel(axes)), bool(op.get_attr("keep_dims"))
         low, high = source.min(axis=over, keepdims=keep), source.max(axis=over, keepdims=keep)
         return [low] if bool((low == high).all()) else None
-
-    # -- shadows
-
-    def _shadow(self, tensor: tf.Tensor) -> Optional[np.ndarray]:
-        return self._shadows.get(tensor.name)
-
-    def _of(self, tensors: Sequence[tf.Tensor]) -> Optional[List[np.ndarray]]:
-        found = [self._shadows[tensor.name] for tensor in tensors if tensor.name in self._shadows]
-        return found if len(found) == len(tensors) else None
-
-    def _vector(self, op: str, index: int, tensor: tf.Tensor, axis: int, channels: np.ndarray, zero: bool) -> None:
-        variable = ordered_variable(tensor)
-        key = variable or tensor.name
-        if not (channels >= 0).any():
-            return
-        self._graph.add_vector(key, channels)
-        self._constants.append(ConstantEdge(op, index, axis, key))
-        if variable and zero:
-            self._variables[key] = variable
-
-    def _along(self, shadow: np.ndarray) -> np.ndarray:
-        """The channel at each place of the last dimension; -1, and fixed, where it is not the same everywhere."""
-        flat = narrowed([shadow])[0]
-        flat = np.broadcast_to(flat, flat.shape[:-1] + shadow.shape[-1:]).reshape(-1, shadow.shape[-1])
-        low, high = flat.min(axis=0), flat.max(axis=0)
-        mixed = low != high
-        if mixed.any():
-            self._fix(flat[:, mixed], "its channels are spread over other dimensions")
-        return np.where(mixed, -1, low)
-
-    def _fix(self, shadow: np.ndarray, reason: str) -> None:
-        self._graph.fix(narrowed([shadow])[0], reason)
-
-    def _couple_parts(self, source: np.ndarray, parts: Sequence[np.ndarray]) -> None:
-        """A tensor is cut into equal parts: they must stay equal."""
-        if not (parts[0] == parts[1]).all():  # else the cut is along another dimension
-            self._graph.couple(np.stack([part.ravel() for part in parts]))
-
-    def _couple_split(self, moved: np.ndarray) -> None:
-        """Channels that were split over two dimensions are removed along the longer one only."""
-        dims = varying(moved)
-        if len(dims) == 2:
-            fixed, free = sorted(dims, key=lambda dim: moved.shape[dim])
-            if moved.shape[fixed] < moved.shape[free]:
-                table = np.moveaxis(moved, (fixed, free), (0, 1)).reshape(moved.shape[fixed], moved.shape[free], -1)
-                self._graph.couple(table[:, :, 0])
-                return
-        if len(dims) >= 2:
-            self._fix(moved, "its channels are split over several dimensions")
-
-    def _fix_cut(self, shadows: Sequence[np.ndarray], moved: Sequence[np.ndarray]) -> None:
-        """Channels that a slice leaves behind were cut at fixed positions."""
-        before, after = (self._graph.roots(np.concatenate([narrowed([part])[0].ravel() for part in parts]))
-                         for parts in (shadows, moved))
-        if before != after:
-            for shadow in shadows:
-                self._fix(shadow, "its channels are cut at fixed positions")
-
 
 def _length(shape: Sequence[int], axis: int) -> int:
     """The length along an axis counted from the end; 1 where there is no such axis."""
