@@ -18,6 +18,7 @@ from slimtrain.proto.onnx_layers import FloatLayer, Layers, find_layers, undecid
 from slimtrain.proto.onnx_normal import graph_inputs, input_dtype, input_shape, normal_form
 from slimtrain.proto.onnx_observation import Arrays
 from slimtrain.proto.onnx_offline import coverage_of
+from slimtrain.proto.onnx_qdq_concat import detach_concat_inputs
 from slimtrain.proto.onnx_qdq_parts import StrippedQdq, node_key, strip_qdq
 from slimtrain.proto.onnx_qdq_scales import choose_scales
 from slimtrain.proto.onnx_rewrite import Rewritten, rewrite
@@ -89,12 +90,13 @@ def _settle(normal: onnx.ModelProto, stripped: StrippedQdq, keep_zero_points: bo
     """Drop activations that a grid makes needless, but only where that grid is the one that MNN gets."""
     relus = needless_relus(OnnxGraph(normal), stripped.ranges) if keep_zero_points else set()
     while True:
-        settled = _settle_layers(without_relus(normal, relus), stripped, keep_zero_points)
+        model, detached = detach_concat_inputs(without_relus(normal, relus), stripped.ranges)
+        settled = _settle_layers(model, stripped, keep_zero_points)
         owners = settled.structure.placement.on_grid
         needed = {name for name in relus
                   if name not in owners or settled.tensors[owners[name]].grid.lower != stripped.ranges[name].lower}
         if not needed:
-            return settled
+            return settled._replace(remarks=detached + settled.remarks)
         relus -= needed
 
 

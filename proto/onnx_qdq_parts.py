@@ -1,7 +1,7 @@
 """A quantized ONNX model taken apart: the float model inside, and the grids that the file has for its tensors."""
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Set, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 import onnx
@@ -12,6 +12,10 @@ from slimtrain.proto.onnx_deciding import TensorScale
 from slimtrain.proto.onnx_graph import OnnxGraph, attribute
 from slimtrain.proto.onnx_normal import graph_inputs
 
+# What selects, moves or averages values cannot make negative ones of positive ones.
+_KEEPS_SIGN = ("Concat", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax",
+               "Max", "Min", "Resize", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split",
+               "Gather", "Identity", "Pad", "Clip")
 _NON_NEGATIVE = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Exp")
 
 
@@ -153,9 +157,21 @@ def _restore_activations(stripped: StrippedQdq) -> None:
             if grid.lower >= 0 and name in sources:
                 stripped.remarks.append("the input %s is cut off below zero in the file, here it is not" % name)
             continue
-        if producer.op_type not in ("Conv", "Gemm", "MatMul", "Add", "BatchNormalization", "Sub", "Mul"):
-            continue  # what selects, moves or averages values cannot make negative ones of positive ones
+        if not _may_be_negative(graph, name, {**stripped.ranges, name: None}):
+            continue
         output = graph.new_name(name + "/relu")
         graph.insert_behind(name, [helper.make_node("Relu", [name], [output])], output)
         if name not in graph.outputs:
             stripped.ranges[output] = stripped.ranges.pop(name)
+
+
+def _may_be_negative(graph: OnnxGraph, name: str, grids: Mapping[str, Optional[FileGrid]]) -> bool:
+    """Whether a tensor may hold values below zero, seen from the grids of the tensors that it is made of."""
+    grid = grids.get(name)
+    if grid is not None:
+        return grid.lower < 0
+    node = graph.producer.get(name)
+    if node is None or node.op_type not in _KEEPS_SIGN:
+        return node is None or node.op_type not in _NON_NEGATIVE
+    values = node.input if node.op_type in ("Concat", "Max", "Min") else node.input[:1]
+    return any(_may_be_negative(graph, read, grids) for read in values)

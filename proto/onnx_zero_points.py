@@ -47,7 +47,8 @@ def needless_relus(graph: OnnxGraph, grids: Mapping[str, FileGrid]) -> Set[str]:
     found = set()
     for node in graph.nodes:
         made = graph.producer.get(node.input[0]) if node.op_type == "Relu" else None
-        is_sum = made is not None and made.op_type == "Add" and all(graph.constant(name) is None for name in made.input)
+        is_sum = made is not None and made.op_type in ("Add", "Concat") and all(
+            graph.constant(name) is None for name in made.input)
         grid = grids.get(node.output[0])
         if is_sum and grid is not None and grid.lower >= 0 and not grid.is_symmetric and graph.only_consumer(
                 node.input[0]) is not None:
