@@ -21,6 +21,9 @@ _HALIDE_TYPES = {
     "uint8": MNN.Halide_Type_Uint8,
     "int64": MNN.Halide_Type_Int64,
 }
+# The session is sized once, for the inputs that come: sized again it crashes where two float operations read a tensor
+# of integers (MNN 3.6). The wheel has no name for the number.
+_RESIZE_DEFER = 7
 
 
 def main(model: str, folder: str, repeats: int, warm_up: int) -> None:
@@ -30,6 +33,7 @@ def main(model: str, folder: str, repeats: int, warm_up: int) -> None:
     with np.load(os.path.join(folder, "inputs.npz"), allow_pickle=False) as arrays:
         inputs = {name: arrays[str(index)] for index, name in enumerate(names)}
     interpreter = MNN.Interpreter(model)
+    interpreter.setSessionMode(_RESIZE_DEFER)
     session = interpreter.createSession({"backend": "CPU", "numThread": 1})
     tensors = interpreter.getSessionInputAll(session)
     layout = _layout(tensors.values())

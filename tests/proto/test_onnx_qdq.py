@@ -93,22 +93,6 @@ def test_zero_points_can_be_left_behind(tmp_path):
         model, import_qdq(model).rewritten, batches[0], tmp_path / "kept").reference_sqnr_db - 5
 
 
-def test_where_mnn_errs_on_zero_points_they_are_left_behind(tmp_path):
-    """A leaky ReLU reads the tensor: MNN would take it for symmetric."""
-    nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("LeakyRelu", ["c"], ["a"]),
-             helper.make_node("Conv", ["a", "v"], ["y"])]
-    rng = np.random.RandomState(3)
-    net = model_of(nodes, {"w": normal(rng, 8, 3, 3, 3) + 0.1, "v": normal(rng, 4, 8, 3, 3)},
-                   {"x": ["n", 3, 12, 12]}, {"y": ["n", 4, 8, 8]})
-    batches = [{"x": np.abs(batch["x"])} for batch in data()]
-    model = quantized(net, tmp_path, batches, reduce_range=True)
-    imported = import_qdq(model)
-    assert next(layer.output_grid for layer in imported.rewritten.layers.values()) == Grid(8, -127, 127)
-    assert sum("symmetric grid" in remark for remark in imported.remarks) == 1
-    result = deploy_onnx(model, imported.rewritten, batches[0], tmp_path / "net")
-    assert result.simulation_sqnr_db >= 100 and result.reference_sqnr_db > 25
-
-
 def test_a_pool_of_unsigned_levels_in_a_foreign_file_is_warned_of(tmp_path, caplog):
     net = network("conv", "pool", "conv")
     onnx.save(net, str(tmp_path / "net.onnx"))

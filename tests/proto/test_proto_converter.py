@@ -313,3 +313,20 @@ def test_appending_pruning_changes_nothing_for_quantization(chain, params, out):
     save_algorithm(params, prune_algorithm(PruneType.RANDOM, ["w"], [0.5], ["layer"]), append=False)
     save_algorithm(params, quantize_algorithm([full(chain.convs[0], "a")]), append=True)
     assert convert(chain.path, out, params).coverage.fraction == 1.0
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason="needs onnx to write the model")
+@pytest.mark.parametrize("is_first", [False, True])
+def test_offsets_that_mnn_adds_before_an_activation_are_warned_of(tmp_path, out, caplog, is_first):
+    from onnx import helper
+
+    rng = np.random.RandomState(0)
+    arrays = {"w": rng.randn(2, 3, 1, 1).astype(np.float32), "k": np.full((1, 2, 1, 1), -2, np.float32)}
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("Relu", ["c"], ["r"]),
+             helper.make_node("Add", ["k", "r"] if is_first else ["r", "k"], ["y"])]
+    path = save_onnx(tmp_path / "m.onnx", nodes, arrays, {"x": [1, 3, 4, 4]}, {"y": [1, 2, 4, 4]})
+    convert(path, out)
+    x = rng.randn(1, 3, 4, 4).astype(np.float32)
+    is_right = np.allclose(run_model(out, x)["y"], run_onnx(path, {"x": x})["y"], atol=1e-5)
+    assert ("Add of y (its constant is added before the activation r" in caplog.text) == (not is_right)
+    assert is_right == is_first

@@ -88,6 +88,24 @@ def test_a_crash_of_the_runtime_is_an_error_of_ours(tmp_path, chain):
         run_model(path, chain.inputs)
 
 
+@pytest.mark.skipif(not HAS_ONNX, reason="needs onnx to write the model")
+def test_two_float_operations_that_read_integers_in_another_size(tmp_path):
+    """MNN crashes here if its session is sized for the model first and then for the inputs."""
+    from onnx import helper
+
+    rng = np.random.RandomState(0)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4), helper.make_node("Sigmoid", ["c"], ["s"]),
+             helper.make_node("Tanh", ["c"], ["t"]), helper.make_node("Add", ["s", "t"], ["a"]),
+             helper.make_node("Conv", ["a", "v"], ["y"], pads=[1] * 4)]
+    arrays = {"w": rng.randn(8, 3, 3, 3), "v": rng.randn(8, 8, 3, 3)}
+    path = save_onnx(tmp_path / "m.onnx", nodes, {name: (value * 0.3).astype(np.float32) for name, value in
+                                                  arrays.items()}, {"x": [2, 3, 12, 12]}, {"y": [2, 8, 12, 12]})
+    params = save_layers(tmp_path / "p.bin", layer("a", ("c",), channels=8),
+                         layer("b", ("y__before_tr",), channels=8))
+    convert(path, tmp_path / "m.mnn", params)
+    assert run_model(tmp_path / "m.mnn", rng.randn(1, 3, 12, 12).astype(np.float32))["y"].shape == (1, 8, 12, 12)
+
+
 def test_latency(chain, float_mnn):
     assert len(execute(float_mnn, chain.inputs, repeats=3, warm_up=2).milliseconds) == 3
     assert 0 < measure_latency(float_mnn, chain.inputs, repeats=3, warm_up=0) < 1000

@@ -1,0 +1,54 @@
+"""What MNN reads otherwise than ONNX means it, in files that are quantized offline."""
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx", reason="this environment has no ONNX")
+pytest.importorskip("onnxruntime", reason="this environment has no onnxruntime")
+
+from onnx import helper  # noqa: E402
+
+from offline_models import model_of, normal  # noqa: E402
+from slimtrain.proto.onnx_deploy import deploy_onnx  # noqa: E402
+from slimtrain.proto.onnx_offline import OfflineSettings, quantize_onnx  # noqa: E402
+
+
+def deployed(nodes, constants, folder):
+    """A net of [n, 3, 9, 9] to [n, 4, 9, 9] quantized and run."""
+    rng = np.random.RandomState(1)
+    constants = {**constants, "w": normal(rng, 8, 3, 3, 3), "b": normal(rng, 8), "v": normal(rng, 4, 8, 3, 3)}
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["c"], pads=[1] * 4), *nodes,
+             helper.make_node("Conv", ["t", "v"], ["y"], pads=[1] * 4)]
+    model = model_of(nodes, constants, {"x": ["n", 3, 9, 9]}, {"y": ["n", 4, 9, 9]})
+    data = [{"x": rng.normal(size=(2, 3, 9, 9)).astype(np.float32)} for _ in range(4)]
+    quantized = quantize_onnx(model, data, OfflineSettings())
+    return deploy_onnx(model, quantized.rewritten, quantized.example, folder / "net")
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+def test_offsets_behind_an_activation_are_added_behind_it(activation, is_first, tmp_path):
+    """MNN takes such a constant for the convolution's bias where it is the second operand."""
+    offset = normal(np.random.RandomState(0), 1, 8, 1, 1) - 0.5
+    bounds = {} if activation == "Relu" else {"zero": np.float32(0), "six": np.float32(6)}
+    nodes = [helper.make_node(activation, ["c", *bounds], ["r"]),
+             helper.make_node("Add", ["k", "r"] if is_first else ["r", "k"], ["t"])]
+    result = deployed(nodes, {"k": offset, **bounds}, tmp_path)
+    assert result.conversion.coverage.fraction == 1.0
+    assert result.simulation_sqnr_db >= 100 and result.reference_sqnr_db >= 30
+
+
+@pytest.mark.parametrize("kind", ["Abs", "Neg"])
+def test_signs_are_changed_in_float(kind, tmp_path):
+    result = deployed([helper.make_node(kind, ["c"], ["t"])], {}, tmp_path)
+    assert result.simulation_sqnr_db >= 100 and result.reference_sqnr_db >= 30
+
+
+def test_what_leads_nowhere_is_left_out(tmp_path):
+    nodes = [helper.make_node("Relu", ["c"], ["t"]), helper.make_node("Conv", ["t", "v"], ["nowhere"])]
+    assert deployed(nodes, {}, tmp_path).simulation_sqnr_db >= 100
+
+
+@pytest.mark.parametrize("kind", ["Max", "Min"])
+def test_the_larger_of_a_tensor_and_a_constant(kind, tmp_path):
+    constants = {"k": normal(np.random.RandomState(0), 1, 8, 1, 1)}
+    assert deployed([helper.make_node(kind, ["c", "k"], ["t"])], constants, tmp_path).simulation_sqnr_db >= 100
