@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import tempfile
@@ -91,7 +92,7 @@ def convert(
         if comparison.missing and not allow_partial:
             raise CoverageError(f"{source}: {_shortfall(comparison)}")
         size = _publish(folder, os.path.abspath(os.fspath(out_path)))
-    for operation in model.wrong:
+    for operation in (*model.wrong, *_misread(source)):
         _logger.warning("%s: MNN computes it wrongly: %s", source, operation)
     for layer in comparison.missing:
         _logger.warning("%s stays %s: %s", layer.name, layer.state.value, layer.reason)
@@ -140,6 +141,15 @@ def _run(
     # The converter ends with status 0 whatever happened.
     if not os.path.isfile(target) or not os.path.getsize(target):
         raise ConversionError(f"converting {source}: no model was written{quote(output)}")
+
+
+def _misread(source: str) -> Tuple[str, ...]:
+    """Operations of an ONNX model that the converter reads otherwise than they are meant; none without onnx."""
+    if not source.lower().endswith(".onnx") or importlib.util.find_spec("onnx") is None:
+        return ()
+    from slimtrain.proto.onnx_misread import misread_operations  # needs onnx
+
+    return misread_operations(source)
 
 
 def _round_halves(

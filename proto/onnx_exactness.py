@@ -18,6 +18,7 @@ from onnx import helper
 
 from slimtrain.core import Grid, Placement, Quantizer, stored_zero_point
 from slimtrain.proto.onnx_graph import OnnxGraph, attribute
+from slimtrain.proto.onnx_misread import added_offsets
 from slimtrain.proto.onnx_placement import is_fusable
 
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity",
@@ -38,27 +39,43 @@ class Step:
 
 
 def make_islands(graph: OnnxGraph, placement: Placement, steps: Mapping[Quantizer, Step], changes: List[str]) -> None:
-    """Keep every operation in float that MNN would compute differently on integers."""
+    """Keep every operation in float that MNN computes differently on integers, and write offsets as it reads them."""
+    for node in added_offsets(graph):
+        _write_difference(graph, node)
+        changes.append("wrote the sum %s as a difference: MNN may add it before the activation" % node.output[0])
     # max pools compare stored levels as unsigned numbers, which orders those of one sign and without a zero point
     ordered = {owner for owner in placement.non_negative
                if owner not in steps or not stored_zero_point(steps[owner].grid)}
+    # of which the opposite does not fit int8
+    lowest = {owner for owner, step in steps.items() if step.grid.lower < -127}
     for node in list(graph.nodes):
         inputs = [name for name in node.input if name in placement.on_grid]
         if node.op_type == "GlobalAveragePool":
             graph.replace([node], [_mean(graph, node)])
             changes.append("wrote the global average pool %s as a mean" % node.output[0])
         elif _shares_its_range(graph, node, placement) or (inputs and _differs_on_integers(
-                node, placement.on_grid[inputs[0]] in ordered)):
+                node, placement.on_grid[inputs[0]] in ordered, placement.on_grid[inputs[0]] in lowest)):
             _make_island(graph, node)
             changes.append("keeps %s %s in float" % (node.op_type, node.output[0]))
 
 
-def _differs_on_integers(node: onnx.NodeProto, is_ordered: bool) -> bool:
+def _write_difference(graph: OnnxGraph, node: onnx.NodeProto) -> None:
+    """Write ``x + k`` as ``x - (-k)``, which is the same to the last bit."""
+    if graph.constant(node.input[0]) is not None:
+        node.input[:] = [node.input[1], node.input[0]]
+    offset = graph.constant(node.input[1])
+    assert offset is not None
+    node.op_type = "Sub"
+    node.input[1] = graph.add_constant(np.asarray(-offset, np.float32), node.input[1] + "/negative")
+    graph.refresh()
+
+
+def _differs_on_integers(node: onnx.NodeProto, is_ordered: bool, has_lowest: bool) -> bool:
     if node.op_type in ("MaxPool", "GlobalMaxPool"):
         return not is_ordered
     if node.op_type == "Resize":
         return attribute(node, "mode", b"nearest") != b"nearest"
-    return node.op_type in ("AveragePool", "Max", "Min")
+    return node.op_type in ("AveragePool", "Max", "Min") or (has_lowest and node.op_type in ("Abs", "Neg"))
 
 
 def _shares_its_range(graph: OnnxGraph, node: onnx.NodeProto, placement: Placement) -> bool:
@@ -77,8 +94,8 @@ def _make_island(graph: OnnxGraph, node: onnx.NodeProto) -> None:
             doubled = graph.new_name(name + "/doubled")
             before.append(_product(graph, name, 2.0, doubled))
             node.input[index] = doubled
-    if node.op_type == "Clip":
-        for index in range(1, len(node.input)):
+    if node.op_type in ("Clip", "Max", "Min"):
+        for index in range(node.op_type == "Clip", len(node.input)):
             bound = graph.constant(node.input[index])
             if bound is not None:
                 node.input[index] = graph.add_constant(np.asarray(bound * 2, np.float32), node.output[0] + "/bound")

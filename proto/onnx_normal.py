@@ -48,6 +48,7 @@ def normal_form(model: onnx.ModelProto) -> onnx.ModelProto:
         ConversionError: the operator set is too old and cannot be converted.
     """
     graph = OnnxGraph(_without_constant_inputs(_recent(model)))
+    _drop_dead_nodes(graph)
     _constants_to_initializers(graph)
     for node in list(graph.nodes):
         if node.op_type in ("Conv", "MaxPool", "AveragePool"):
@@ -79,6 +80,26 @@ def _without_constant_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     result.graph.input.extend(value for value in model.graph.input if value.name not in constants)
     result.ir_version = max(model.ir_version, 4)
     return result
+
+
+def _drop_dead_nodes(graph: OnnxGraph) -> None:
+    """Drop what leads to no output, as the converter does."""
+    needed = set(graph.outputs)
+    for node in reversed(graph.nodes):
+        if needed & set(node.output):
+            needed.update(_read(node))
+    graph.nodes = [node for node in graph.nodes if needed & set(node.output)]
+    graph.refresh()
+
+
+def _read(node: onnx.NodeProto) -> List[str]:
+    """What a node reads, branches and loops included."""
+    names = list(node.input)
+    for item in node.attribute:
+        for inner in (item.g, *item.graphs):
+            names += [name for child in inner.node for name in _read(child)]
+            names += [value.name for value in inner.output]
+    return names
 
 
 def _constants_to_initializers(graph: OnnxGraph) -> None:

@@ -37,12 +37,6 @@ def test_offsets_behind_an_activation_are_added_behind_it(activation, is_first, 
     assert result.simulation_sqnr_db >= 100 and result.reference_sqnr_db >= 30
 
 
-@pytest.mark.parametrize("kind", ["Abs", "Neg"])
-def test_signs_are_changed_in_float(kind, tmp_path):
-    result = deployed([helper.make_node(kind, ["c"], ["t"])], {}, tmp_path)
-    assert result.simulation_sqnr_db >= 100 and result.reference_sqnr_db >= 30
-
-
 def test_what_leads_nowhere_is_left_out(tmp_path):
     nodes = [helper.make_node("Relu", ["c"], ["t"]), helper.make_node("Conv", ["t", "v"], ["nowhere"])]
     assert deployed(nodes, {}, tmp_path).simulation_sqnr_db >= 100
