@@ -15,10 +15,11 @@ from slimtrain.core import ConversionError, Coverage, Grid, PlannedCall, Quantiz
 from slimtrain.proto.onnx_deciding import LayerWeight, TensorScale, decided_layer, planned_calls, smallest_weight_scale
 from slimtrain.proto.onnx_graph import OnnxGraph, attribute
 from slimtrain.proto.onnx_layers import FloatLayer, Layers, find_layers, undecided
+from slimtrain.proto.onnx_match import node_weight
 from slimtrain.proto.onnx_normal import graph_inputs, input_dtype, input_shape, normal_form
 from slimtrain.proto.onnx_observation import Arrays
 from slimtrain.proto.onnx_offline import coverage_of
-from slimtrain.proto.onnx_qdq_concat import detach_concat_inputs
+from slimtrain.proto.onnx_qdq_detach import detach_concats, detach_operations
 from slimtrain.proto.onnx_qdq_parts import StrippedQdq, node_key, strip_qdq
 from slimtrain.proto.onnx_qdq_scales import choose_scales
 from slimtrain.proto.onnx_rewrite import Rewritten, rewrite
@@ -53,9 +54,10 @@ def import_qdq(model: onnx.ModelProto, keep_zero_points: bool = True) -> Importe
     graph, layers, structure, tensors, remarks = _settle(normal_form(stripped.graph.model()), stripped,
                                                          keep_zero_points)
     by_name = {layer.name: layer for layer in layers.quantized}
-    weights = {layer.name: _weight(graph, layer, stripped.weights, remarks) for layer in layers.quantized}
+    weights = {layer.name: _weight(graph, layer, stripped, remarks) for layer in layers.quantized}
     decided = [decided_layer(by_name[call.layer], call, weights[call.layer], tensors)
                for call in planned_calls(structure, by_name).values()]
+    remarks += _folded_away(graph, stripped)
     spans = {name: (grid.lower * grid.scale, grid.upper * grid.scale) for name, grid in stripped.ranges.items()}
     return ImportedQdq(rewrite(graph.model(), decided), coverage_of(layers.quantized, layers.left_float, graph),
                        tuple(stripped.remarks + remarks), spans)
@@ -87,16 +89,25 @@ class _Settled(NamedTuple):
 
 
 def _settle(normal: onnx.ModelProto, stripped: StrippedQdq, keep_zero_points: bool) -> _Settled:
-    """Drop activations that a grid makes needless, but only where that grid is the one that MNN gets."""
+    """Leave in float what MNN would compute otherwise than the file has it.
+
+    Activations that a grid makes needless are dropped, but only where that grid is the one that MNN gets.
+    """
     relus = needless_relus(OnnxGraph(normal), stripped.ranges) if keep_zero_points else set()
     while True:
-        model, detached = detach_concat_inputs(without_relus(normal, relus), stripped.ranges)
+        model, remarks = detach_concats(without_relus(normal, relus), stripped.ranges)
         settled = _settle_layers(model, stripped, keep_zero_points)
+        if keep_zero_points:
+            on_grid = {name: stripped.ranges[name] for name in settled.structure.placement.on_grid
+                       if name in stripped.ranges}
+            model, more = detach_operations(model, on_grid)
+            remarks += more
+            settled = _settle_layers(model, stripped, keep_zero_points) if more else settled
         owners = settled.structure.placement.on_grid
         needed = {name for name in relus
                   if name not in owners or settled.tensors[owners[name]].grid.lower != stripped.ranges[name].lower}
         if not needed:
-            return settled._replace(remarks=detached + settled.remarks)
+            return settled._replace(remarks=remarks + settled.remarks)
         relus -= needed
 
 
@@ -125,10 +136,9 @@ def _why(call: PlannedCall, tensors: Mapping[Quantizer, TensorScale]) -> str:
     return "its %s is not quantized in the file" % " and ".join(sides)
 
 
-def _weight(graph: OnnxGraph, layer: FloatLayer, known: Mapping[str, np.ndarray],
-            remarks: List[str]) -> LayerWeight:
+def _weight(graph: OnnxGraph, layer: FloatLayer, stripped: StrippedQdq, remarks: List[str]) -> LayerWeight:
     """A layer's integers as the file has them, or chosen anew where they cannot be."""
-    scales = _channel_scales(graph, layer, known)
+    scales = _channel_scales(graph.producer[layer.tensor], graph, layer, stripped)
     if scales is not None:
         levels = layer.weight / scales.reshape((-1,) + (1,) * (layer.weight.ndim - 1)).astype(np.float64)
         whole = np.round(levels)
@@ -141,13 +151,33 @@ def _weight(graph: OnnxGraph, layer: FloatLayer, known: Mapping[str, np.ndarray]
     return LayerWeight(quantize(layer.weight, fresh, grid, axis=0), fresh, layer.bias, grid)
 
 
-def _channel_scales(graph: OnnxGraph, layer: FloatLayer, known: Mapping[str, np.ndarray]) -> Optional[np.ndarray]:
-    """The scales of a weight in the file, float32 [O]; None where it has none, or not one per output channel."""
-    node = graph.producer[layer.tensor]
-    scales = known.get(node.input[1])
-    if scales is None:
+def _folded_away(graph: OnnxGraph, stripped: StrippedQdq) -> List[str]:
+    """A remark if the file rounds what folding, of batch norms and offsets, leaves no tensor for."""
+    gone = [name for name in stripped.ranges if name in stripped.graph.producer and name not in graph.producer]
+    text = "batch norms and offsets are folded into the layers before them, without rounding in between: %s"
+    return [text % ", ".join(gone[:8] + ["..."] * (len(gone) > 8))] if gone else []
+
+
+def _channel_scales(node: onnx.NodeProto, graph: OnnxGraph, layer: FloatLayer,
+                    stripped: StrippedQdq) -> Optional[np.ndarray]:
+    """The scales of a weight in the file, float32 [O], with what was folded into it since.
+
+    None where it has none, or not one per output channel.
+    """
+    layers = [known for known in stripped.graph.nodes if len(known.input) > 1 and known.input[1] in stripped.weights]
+    same = [known for known in layers if known.input[1] == node.input[1]]
+    same = same or [known for known in layers if node_key(stripped.graph, known) == node_key(graph, node)]
+    before = node_weight(stripped.graph, same[0]) if len({known.input[1] for known in same}) == 1 else None
+    if before is None:
         return None
+    own = same[0]
+    scales = stripped.weights[own.input[1]]
     if node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0)):
         scales = scales.T
     rows = scales.reshape(len(scales), -1)
-    return np.array(rows[:, 0]) if np.array_equal(rows, np.broadcast_to(rows[:, :1], rows.shape)) else None
+    if not np.array_equal(rows, np.broadcast_to(rows[:, :1], rows.shape)):
+        return None
+    size = np.maximum(np.abs(before.astype(np.float64)).reshape(len(rows), -1).max(axis=1), np.finfo(np.float32).tiny)
+    factor = np.abs(layer.weight.astype(np.float64)).reshape(len(rows), -1).max(axis=1) / size
+    folded = np.where(factor > 0, factor, 1.0) if np.abs(factor - 1).max() > _GRID_TOLERANCE else 1.0
+    return np.array(rows[:, 0] * folded, dtype=np.float32)

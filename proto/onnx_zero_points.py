@@ -1,8 +1,9 @@
 """Which activations of an ONNX model may have a zero point: those around which MNN computes with it as it should.
 
-Measured on MNN 3.6: convolutions (padding included), sums, concatenation and what only moves values are exact on
-tensors with a zero point. Max pools take them for symmetric, and are kept in float; so does an activation that is not
-fused into a convolution, which a grid without negative levels makes needless.
+Measured on MNN 3.6: convolutions (padding included), sums, differences, concatenation and what only moves values are
+exact on tensors with a zero point. Max pools take them for symmetric, and are kept in float; so does an activation that
+is not fused into a convolution, which a grid without negative levels makes needless. All else may run on integers as
+if there were none (a leaky ReLU, a product), and is kept in float by ``onnx_qdq_detach``.
 """
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from typing import Collection, Mapping, Set
 import onnx
 
 from slimtrain.core import Placement, Quantizer
-from slimtrain.proto.onnx_graph import OnnxGraph
+from slimtrain.proto.onnx_graph import OnnxGraph, attribute
 from slimtrain.proto.onnx_qdq_parts import FileGrid
 
-_EXACT = ("Conv", "Add", "Concat", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
+_EXACT = ("Conv", "Add", "Sub", "Concat", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Slice",
+          "Split", "Gather", "Pad", "DepthToSpace", "SpaceToDepth", "Identity", "GlobalMaxPool")
 # computed in float from what the tensor holds
-_FLOAT = ("ReduceMean", "GlobalAveragePool", "Sigmoid", "Softmax")
+_FLOAT = ("ReduceMean", "GlobalAveragePool", "Sigmoid", "Softmax", "ConvTranspose", "MatMul", "Gemm")
 
 
 def with_zero_points(graph: OnnxGraph, placement: Placement) -> Set[Quantizer]:
@@ -31,14 +33,17 @@ def with_zero_points(graph: OnnxGraph, placement: Placement) -> Set[Quantizer]:
     for name, owner in placement.on_grid.items():
         made = graph.producer.get(name)
         makers = [] if made is None or name in fused else [made]
-        if not all(_is_exact(graph, node) for node in makers + list(graph.consumers.get(name, []))):
+        if not all(computes_with_zero_points(graph, node) for node in makers + list(graph.consumers.get(name, []))):
             wrong.add(owner)
     return set(placement.on_grid.values()) - wrong
 
 
-def _is_exact(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+def computes_with_zero_points(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    """Whether MNN is exact on tensors with a zero point, on integers or since it computes in float."""
     if node.op_type == "Mul":
         return any(graph.constant(name) is not None for name in node.input)  # no integer product without two scales
+    if node.op_type == "Resize":
+        return bool(attribute(node, "mode", b"nearest") == b"nearest")
     return node.op_type in _EXACT + _FLOAT
 
 
