@@ -219,7 +219,7 @@ class Tracker(TorchFunctionMode):
         if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
             parts = [self._produced(call._replace(name="%s[%d]" % (call.name, index)), part)
                      if isinstance(part, Tensor) else part for index, part in enumerate(value)]
-            return type(value)(parts) if type(value) in (tuple, list) else value
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         return value
 
     def _produced(self, call: Call, value: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 MNN runs an operation on integers when all the tensors around it are described, and a few of its integer kernels are
 not those of the float operation (measured on MNN 3.6): average pools round down, max pools compare signed levels as
-unsigned ones, interpolation and the larger of two tensors mix up scales. An *island* keeps such an operation in float:
-its inputs are doubled and its result is halved, which is exact, and descriptions do not spread through a product.
+unsigned ones, interpolation, the larger of two tensors, a sign and its loss mix up scales, a batch norm that no layer
+takes in is ruined when the input's size changes, and a ReLU on its own forgets the last values of a tensor. Activations
+also spread the scale of what they read to what they make, and the other way round. An *island* keeps such an operation
+in float: its inputs are doubled and its result is halved, which is exact, and descriptions do not spread through a
+product.
 
 The other way round, a tensor that a float operation makes and a quantized layer reads is on the layer's grid for that
 layer only; where others read it too, it is put on the grid in the file itself.
@@ -24,6 +27,9 @@ from slimtrain.proto.onnx_placement import is_fusable
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity",
           "DepthToSpace", "SpaceToDepth", "Expand", "Dropout", "Pad", "Concat", "MaxPool")
 _INT8_ARITHMETIC = ("Add", "Sub", "Mul")
+_ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu")
+# constants that double with what is read: bounds; offset and mean; what is compared
+_DOUBLED = {"Clip": slice(1, 3), "BatchNormalization": slice(2, 4), "Max": slice(None), "Min": slice(None)}
 _GRID_NODE = "on_grid/"
 
 
@@ -40,21 +46,22 @@ class Step:
 
 def make_islands(graph: OnnxGraph, placement: Placement, steps: Mapping[Quantizer, Step], changes: List[str]) -> None:
     """Keep every operation in float that MNN computes differently on integers, and write offsets as it reads them."""
-    for node in added_offsets(graph):
+    results = {name for call in placement.calls for name in (call.tensor, call.fused)}
+    for node in {id(node): node for node in (*added_offsets(graph), *_moved_offsets(graph, results))}.values():
         _write_difference(graph, node)
-        changes.append("wrote the sum %s as a difference: MNN may add it before the activation" % node.output[0])
+        changes.append("wrote the sum %s as a difference: MNN may add it to the layer's bias" % node.output[0])
     # max pools compare stored levels as unsigned numbers, which orders those of one sign and without a zero point
     ordered = {owner for owner in placement.non_negative
                if owner not in steps or not stored_zero_point(steps[owner].grid)}
-    # of which the opposite does not fit int8
-    lowest = {owner for owner, step in steps.items() if step.grid.lower < -127}
+    _put_constants_last(graph)
+    described = _described(graph, placement)
     for node in list(graph.nodes):
         inputs = [name for name in node.input if name in placement.on_grid]
         if node.op_type == "GlobalAveragePool":
             graph.replace([node], [_mean(graph, node)])
             changes.append("wrote the global average pool %s as a mean" % node.output[0])
-        elif _shares_its_range(graph, node, placement) or (inputs and _differs_on_integers(
-                node, placement.on_grid[inputs[0]] in ordered, placement.on_grid[inputs[0]] in lowest)):
+        elif _stands_alone(graph, node, placement, described) or (
+                inputs and _differs_on_integers(node, placement, ordered)):
             _make_island(graph, node)
             changes.append("keeps %s %s in float" % (node.op_type, node.output[0]))
 
@@ -70,21 +77,76 @@ def _write_difference(graph: OnnxGraph, node: onnx.NodeProto) -> None:
     graph.refresh()
 
 
-def _differs_on_integers(node: onnx.NodeProto, is_ordered: bool, has_lowest: bool) -> bool:
+def _moved_offsets(graph: OnnxGraph, results: Set[str]) -> List[onnx.NodeProto]:
+    """Constants that the converter would take into the bias of a layer whose result is quantized without them."""
+    return [node for node in graph.nodes if node.op_type == "Add" and any(
+        graph.constant(offset) is not None and _moved_only(graph, name) in results
+        for name, offset in (tuple(node.input), tuple(node.input)[::-1]))]
+
+
+def _moved_only(graph: OnnxGraph, name: str) -> str:
+    """The tensor whose values another holds, if nothing else reads them on the way: the converter may reorder."""
+    node = graph.producer.get(name)
+    while node is not None and node.op_type in _MOVES and graph.only_consumer(name) is not None:
+        name = node.input[0]
+        node = graph.producer.get(name)
+    return name if graph.only_consumer(name) is not None else ""
+
+
+def _put_constants_last(graph: OnnxGraph) -> None:
+    """Write sums, differences and products with their constant behind: otherwise MNN forgets to quantize the result."""
+    for node in list(graph.nodes):
+        if node.op_type not in _INT8_ARITHMETIC:
+            continue
+        first, second = node.input
+        constant = graph.constant(first)
+        if constant is None or constant.size == 1 or graph.constant(second) is not None:
+            continue
+        if node.op_type == "Sub":
+            node.op_type = "Add"
+            second = graph.new_name(second + "/negative")
+            graph.replace([node], [_product(graph, node.input[1], -1.0, second), node])
+        node.input[:] = [second, first]
+    graph.refresh()
+
+
+def _differs_on_integers(node: onnx.NodeProto, placement: Placement, ordered: Set[Quantizer]) -> bool:
     if node.op_type in ("MaxPool", "GlobalMaxPool"):
-        return not is_ordered
+        return placement.on_grid[node.input[0]] not in ordered
     if node.op_type == "Resize":
         return attribute(node, "mode", b"nearest") != b"nearest"
-    return node.op_type in ("AveragePool", "Max", "Min") or (has_lowest and node.op_type in ("Abs", "Neg"))
+    if node.op_type in ("Abs", "Neg", "BatchNormalization"):
+        return node.output[0] in placement.on_grid
+    return node.op_type in ("AveragePool", "Max", "Min")
 
 
-def _shares_its_range(graph: OnnxGraph, node: onnx.NodeProto, placement: Placement) -> bool:
-    """Whether an activation of its own would spread the range of its result, without negative levels, to others."""
-    if node.op_type not in ("Relu", "Clip") or not is_fusable(graph, node):
+def _stands_alone(graph: OnnxGraph, node: onnx.NodeProto, placement: Placement, described: Set[str]) -> bool:
+    """Whether an activation is an operation of its own next to a described tensor, and not one that is exact."""
+    if node.op_type not in _ACTIVATIONS:
         return False
-    fused = any(call.fused == node.output[0] for call in placement.calls)
-    shared = len(graph.consumers.get(node.input[0], [])) > 1 or node.input[0] in graph.outputs
-    return not fused and shared and node.output[0] in placement.quantizers
+    source, result = node.input[0], node.output[0]
+    if source not in placement.on_grid and result not in placement.on_grid:
+        return False
+    if is_fusable(graph, node):
+        before = graph.producer.get(source)
+        into_sum = before is not None and before.op_type in _INT8_ARITHMETIC and graph.only_consumer(source) is node
+        return not into_sum and all(call.fused != result for call in placement.calls)
+    # with a scale on either side that is not spread it runs in float anyway
+    return node.op_type == "PRelu" or source not in described or result not in described
+
+
+def _described(graph: OnnxGraph, placement: Placement) -> Set[str]:
+    """The tensors that the converter itself describes: what a convolution over images reads and makes.
+
+    Around linear layers, convolutions over series and grouped ones it moves values, and describes what is in between.
+    """
+    described = set()
+    for call in placement.calls:
+        node = graph.producer[call.tensor]
+        weight = graph.constant(node.input[1])
+        if weight is not None and weight.ndim == 4 and attribute(node, "group", 1) in (1, len(weight)):
+            described |= {node.input[0], call.fused}
+    return described
 
 
 def _make_island(graph: OnnxGraph, node: onnx.NodeProto) -> None:
@@ -94,11 +156,13 @@ def _make_island(graph: OnnxGraph, node: onnx.NodeProto) -> None:
             doubled = graph.new_name(name + "/doubled")
             before.append(_product(graph, name, 2.0, doubled))
             node.input[index] = doubled
-    if node.op_type in ("Clip", "Max", "Min"):
-        for index in range(node.op_type == "Clip", len(node.input)):
-            bound = graph.constant(node.input[index])
-            if bound is not None:
-                node.input[index] = graph.add_constant(np.asarray(bound * 2, np.float32), node.output[0] + "/bound")
+    for index in range(len(node.input))[_DOUBLED.get(node.op_type, slice(0))]:
+        constant = graph.constant(node.input[index])
+        if constant is not None:
+            node.input[index] = graph.add_constant(np.asarray(constant * 2, np.float32), node.output[0] + "/constant")
+    for item in node.attribute:
+        if node.op_type == "Clip" and item.name in ("min", "max"):  # before operator set 11
+            item.f *= 2
     output = node.output[0]
     node.output[0] = graph.new_name(output + "/doubled")
     graph.replace([node], [*before, node, _product(graph, node.output[0], 0.5, output)])
@@ -125,21 +189,27 @@ def put_on_grid(graph: OnnxGraph, placement: Placement, steps: Mapping[Quantizer
     """Put tensors on their grid that a float operation makes, and not only quantized layers read."""
     fused = {call.fused for call in placement.calls}
     layers = {call.tensor for call in placement.calls}
+    described = _described(graph, placement)
     for name, owner in placement.quantizers.items():
-        if name not in fused and not _made_on_integers(graph, name, placement) and _read_in_float(graph, name, layers):
+        if name not in fused and not _made_on_integers(graph, name, described) and _read_in_float(graph, name, layers):
             nodes, output = _grid_nodes(graph, name, steps[owner])
             graph.insert_behind(name, nodes, output)
             changes.append("puts %s on its grid for all that read it" % name)
 
 
-def _made_on_integers(graph: OnnxGraph, name: str, placement: Placement) -> bool:
-    """Whether MNN makes a tensor on integers: sums and products of described tensors, with an activation behind."""
+def _made_on_integers(graph: OnnxGraph, name: str, described: Set[str]) -> bool:
+    """Whether MNN makes a tensor on integers: sums and products of described tensors, with an activation behind.
+
+    A description that only spreads to a tensor does not always reach it: that depends on the number of samples.
+    """
     node = graph.producer.get(name)
     if node is not None and is_fusable(graph, node):
         node = graph.producer.get(node.input[0])
     if node is None or node.name.startswith(_GRID_NODE):
         return node is not None
-    return node.op_type in _INT8_ARITHMETIC and all(source in placement.on_grid for source in node.input)
+    if node.op_type == "Mul" and len(set(node.input)) == 1:
+        return False  # the converter writes a square, which runs in float
+    return node.op_type in _INT8_ARITHMETIC and name in described and all(each in described for each in node.input)
 
 
 def _read_in_float(graph: OnnxGraph, name: str, layers: Set[str]) -> bool:

@@ -127,7 +127,7 @@ def _write_linear(graph: OnnxGraph, match: Match, on_grid: bool, changes: List[s
     layer, old = match.layer, [match.node]
     source, output = match.node.input[0], match.node.output[0]
     rank = len(graph.shapes().get(source, ())) if match.node.op_type == "MatMul" else 2
-    addition = bias_addition(graph, match.node, len(layer.levels))
+    addition = None if layer.bias is None else bias_addition(graph, match.node, len(layer.levels))
     if addition is not None:
         old, output = old + [addition[0]], addition[0].output[0]
     following = graph.only_consumer(output)
