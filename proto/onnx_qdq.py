@@ -57,7 +57,7 @@ def import_qdq(model: onnx.ModelProto, keep_zero_points: bool = True) -> Importe
     weights = {layer.name: _weight(graph, layer, stripped, remarks) for layer in layers.quantized}
     decided = [decided_layer(by_name[call.layer], call, weights[call.layer], tensors)
                for call in planned_calls(structure, by_name).values()]
-    remarks += _folded_away(graph, stripped)
+    remarks += _not_rounded(graph, stripped, structure)
     spans = {name: (grid.lower * grid.scale, grid.upper * grid.scale) for name, grid in stripped.ranges.items()}
     return ImportedQdq(rewrite(graph.model(), decided), coverage_of(layers.quantized, layers.left_float, graph),
                        tuple(stripped.remarks + remarks), spans)
@@ -151,11 +151,15 @@ def _weight(graph: OnnxGraph, layer: FloatLayer, stripped: StrippedQdq, remarks:
     return LayerWeight(quantize(layer.weight, fresh, grid, axis=0), fresh, layer.bias, grid)
 
 
-def _folded_away(graph: OnnxGraph, stripped: StrippedQdq) -> List[str]:
-    """A remark if the file rounds what folding, of batch norms and offsets, leaves no tensor for."""
+def _not_rounded(graph: OnnxGraph, stripped: StrippedQdq, structure: Rewritten) -> List[str]:
+    """Remarks on tensors that the file rounds and MNN does not, which is more accurate but not the same."""
     gone = [name for name in stripped.ranges if name in stripped.graph.producer and name not in graph.producer]
-    text = "batch norms and offsets are folded into the layers before them, without rounding in between: %s"
-    return [text % ", ".join(gone[:8] + ["..."] * (len(gone) > 8))] if gone else []
+    fused = {call.tensor: call.fused for call in structure.placement.calls}
+    float_ones = [name for name, grid in stripped.ranges.items() if name not in (*structure.placement.on_grid, *gone)
+                  and stripped.ranges.get(fused.get(name, "")) != grid]
+    texts = (("batch norms and offsets are folded into the layers before them, without rounding in between: %s", gone),
+             ("not rounded, since no quantized layer reads or writes them: %s", float_ones))
+    return [text % ", ".join(names[:8] + ["..."] * (len(names) > 8)) for text, names in texts if names]
 
 
 def _channel_scales(node: onnx.NodeProto, graph: OnnxGraph, layer: FloatLayer,

@@ -79,7 +79,18 @@ def _is_fused(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
     """Whether a layer computes an activation with it."""
     if not is_fusable(graph, node) or graph.only_consumer(node.input[0]) is None:
         return False
-    return node.input[0] in graph.producer and graph.producer[node.input[0]].op_type in _LAYERS
+    made = graph.producer.get(node.input[0])
+    if made is not None and made.op_type == "Add":  # the bias of a MatMul
+        made = _multiplied(graph, made)
+    return made is not None and made.op_type in _LAYERS
+
+
+def _multiplied(graph: OnnxGraph, addition: onnx.NodeProto) -> Optional[onnx.NodeProto]:
+    """The MatMul that an addition gives a constant bias."""
+    if all(graph.constant(name) is None for name in addition.input):
+        return None
+    made = next((graph.producer[name] for name in addition.input if name in graph.producer), None)
+    return made if made is not None and made.op_type == "MatMul" else None
 
 
 def _detach_input(graph: OnnxGraph, node: onnx.NodeProto, name: str) -> None:

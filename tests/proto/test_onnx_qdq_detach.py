@@ -130,3 +130,14 @@ def test_branches_that_lead_nowhere(tmp_path):
     net.graph.node.append(helper.make_node("Conv", ["t1", "k2"], ["nowhere"]))
     batches = data()
     assert against_the_file(quantized(net, tmp_path, batches, **NARROW), tmp_path, batches)[0] >= 55
+
+
+def test_the_activation_behind_the_bias_of_a_product_belongs_to_it(tmp_path):
+    rng = np.random.RandomState(0)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Add", ["m", "b"], ["a"]),
+             helper.make_node("Relu", ["a"], ["r"]), helper.make_node("MatMul", ["r", "v"], ["y"])]
+    net = model_of(nodes, {"w": normal(rng, 12, 16), "b": normal(rng, 16), "v": normal(rng, 16, 5)}, {"x": ["n", 12]},
+                   {"y": ["n", 5]})
+    batches = data(shape=(16, 12))
+    exact, _, remarks = against_the_file(quantized(net, tmp_path, batches, **NARROW), tmp_path, batches)
+    assert exact >= 35 and not any("in float" in remark for remark in remarks)
