@@ -140,4 +140,5 @@ def test_the_activation_behind_the_bias_of_a_product_belongs_to_it(tmp_path):
                    {"y": ["n", 5]})
     batches = data(shape=(16, 12))
     exact, _, remarks = against_the_file(quantized(net, tmp_path, batches, **NARROW), tmp_path, batches)
-    assert exact >= 35 and not any("in float" in remark for remark in remarks)
+    # the file rounds the product before the bias is added, which no integer kernel of MNN does
+    assert exact >= 30 and remarks == ("not rounded, since no quantized layer reads or writes them: m",)
