@@ -120,8 +120,8 @@ class TaylorFOChannelPruner(Pruner):
                 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))}
 
     def _sensitivity(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        # of a filter as a whole: what its weights do to the loss may cancel out
-        return (weight * gradient).flatten(1).sum(1).abs_()
+        # each weight by itself: behind a filter with a batch norm, the sum of the products is zero whatever they do
+        return (weight * gradient).abs_().flatten(1).sum(1)
 
     def _choose(self, fraction: float) -> np.ndarray:
         scores, totals = self._numpy_scores(), np.zeros(self.classes.size)

@@ -127,12 +127,11 @@ class TaylorFOChannelPruner(Pruner):
         return [int(np.prod(_rows_shape(weight)))]
 
     def score(self, weight: PrunableWeight, product: tf.Tensor) -> tf.Tensor:
-        # of a filter as a whole: what its weights do to the loss may cancel out
-        kernel = tf.reshape(product, weight.layer.kernel.shape.as_list())
-        return tf.reshape(tf.abs(tf.reduce_sum(kernel, axis=_summed_axes(weight))), [-1])
+        # each weight by itself: behind a filter with a batch norm, the sum of the products is zero whatever they do
+        kernel = tf.reshape(tf.abs(product), weight.layer.kernel.shape.as_list())
+        return tf.reshape(tf.reduce_sum(kernel, axis=_summed_axes(weight)), [-1])
 
     def score_values(self, weight: PrunableWeight, saved: np.ndarray) -> np.ndarray:
-        # a file holds no signs: a bound of what the filter does as a whole
         return np.asarray(weight.rows(saved).sum(axis=(1, 2)), np.float32)
 
     def candidates(self) -> Collection[str]:

@@ -235,7 +235,22 @@ def test_the_kept_channels_are_those_with_the_highest_sensitivity():
     model = Sigmoids()
     pruner = TaylorFOChannelPruner(model, 0.5, sensitivity_steps=1, align_channels=1)
     model(torch.randn(4, 3, 6, 6)).square().mean().backward()
-    scores = (model.a.weight * model.a.weight.grad).detach().double().sum([1, 2, 3]).abs().numpy()
+    scores = (model.a.weight * model.a.weight.grad).detach().double().abs().sum([1, 2, 3]).numpy()
     pruner.do_pruning(None)
     rows = pruner.plan().layers["a"].rows
     assert sorted(np.argsort(scores)[-len(rows):].tolist()) == rows
+
+
+@pytest.mark.parametrize("loud", range(4))
+def test_the_scale_of_a_filter_before_a_norm_does_not_matter(loud):
+    kept = []
+    for scale in (1, 64):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3))
+        with torch.no_grad():
+            model[0].weight[loud] *= scale
+        pruner = TaylorFOChannelPruner(model, 0.5, sensitivity_steps=1, align_channels=1)
+        model(torch.randn(16, 3, 8, 8)).square().mean().backward()
+        pruner.do_pruning(None)
+        kept.append(pruner.plan().layers["0"].rows)
+    assert kept[0] == kept[1]
