@@ -130,7 +130,7 @@ def load_report(path: PathLike) -> CompressionReport:
     try:
         values = json.loads(content.decode("utf-8"))
         return CompressionReport(**{**values, **_rows(values)})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SlimtrainError("%s is no compression report: %s" % (os.fspath(path), error)) from error
 
 

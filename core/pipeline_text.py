@@ -56,7 +56,7 @@ def parse_yaml(text: str) -> Pipeline:
 
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # the latter for nesting without end
         raise PipelineError("not YAML: %s" % " ".join(str(error).split())) from error
     if isinstance(content, dict):
         for key in content:

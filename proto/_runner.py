@@ -32,7 +32,10 @@ def main(model: str, folder: str, repeats: int, warm_up: int) -> None:
         names = json.load(file)
     with np.load(os.path.join(folder, "inputs.npz"), allow_pickle=False) as arrays:
         inputs = {name: arrays[str(index)] for index, name in enumerate(names)}
-    interpreter = MNN.Interpreter(model)
+    try:
+        interpreter = MNN.Interpreter(model)
+    except Exception as error:  # it has no class of its own
+        sys.exit("MNN cannot read the model: %s" % error)
     interpreter.setSessionMode(_RESIZE_DEFER)
     session = interpreter.createSession({"backend": "CPU", "numThread": 1})
     tensors = interpreter.getSessionInputAll(session)

@@ -43,7 +43,7 @@ def read_mnnquant(path: PathLike) -> MnnquantConfig:
     try:
         with open(name, encoding="utf-8") as file:
             values = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError("cannot read the configuration %s: %s" % (name, error)) from error
     if not isinstance(values, dict):
         raise ConversionError("%s must hold a JSON object, got %s" % (name, type(values).__name__))

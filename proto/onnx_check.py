@@ -1,7 +1,7 @@
 """Running ONNX models with onnxruntime, and checking that a rewritten one still computes the same."""
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import onnx
@@ -25,13 +25,14 @@ def prepare(model: onnx.ModelProto, layers: Sequence[DeployedLayer]) -> Rewritte
     return rewrite(model, layers)
 
 
-def check_same(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
-    """Compare two float models on random inputs with onnxruntime.
+def check_same(before: onnx.ModelProto, after: onnx.ModelProto, inputs: Optional[Mapping[str, np.ndarray]] = None
+               ) -> None:
+    """Compare two float models with onnxruntime, on random inputs where none are given.
 
     Raises:
         ConversionError: outputs differ by more than float32 rounding.
     """
-    inputs = _random_inputs(before)
+    inputs = _random_inputs(before) if inputs is None else inputs
     for name, wanted, found in zip([value.name for value in before.graph.output], run_onnx(before, inputs),
                                    run_onnx(after, inputs)):
         if wanted.dtype.kind == "f" and wanted.size and sqnr_db(wanted, found) < _EQUAL_DB and np.any(wanted):
@@ -40,10 +41,26 @@ def check_same(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
 
 
 def run_onnx(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> List[np.ndarray]:
-    """Outputs of an ONNX model, by onnxruntime on the CPU without graph optimizations."""
-    session = open_session(model.SerializeToString(), optimize=False)
-    outputs: List[np.ndarray] = session.run(None, dict(inputs))
-    return outputs
+    """Outputs of an ONNX model, by onnxruntime on the CPU without graph optimizations.
+
+    Raises:
+        ConversionError: as ``open_session`` and ``run_session``.
+    """
+    return run_session(open_session(model.SerializeToString(), optimize=False), None, inputs)
+
+
+def run_session(session: Any, names: Optional[Sequence[str]], inputs: Mapping[str, np.ndarray]) -> List[np.ndarray]:
+    """The outputs of a session called ``names``, None for all.
+
+    Raises:
+        ConversionError: the inputs do not fit the model.
+    """
+    try:
+        return list(session.run(names, dict(inputs)))
+    except Exception as error:  # its exceptions have no common class of their own
+        shapes = ", ".join("%s %s" % (name, np.shape(value)) for name, value in inputs.items())
+        raise ConversionError("onnxruntime cannot run the model on %s: %s" % (
+            shapes, " ".join(str(error).split()))) from error
 
 
 def _random_inputs(model: onnx.ModelProto) -> Dict[str, np.ndarray]:
@@ -76,7 +93,7 @@ def open_session(model: bytes, optimize: bool = True) -> Any:
     except ImportError as error:
         raise ConversionError("running ONNX needs onnxruntime: run python -m pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors come as exceptions
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

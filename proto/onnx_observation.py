@@ -17,7 +17,7 @@ from slimtrain.core import (
     observe_together,
     receptive_fields,
 )
-from slimtrain.proto.onnx_check import open_session
+from slimtrain.proto.onnx_check import open_session, run_session
 from slimtrain.proto.onnx_geometry import as_image, conv_geometry
 from slimtrain.proto.onnx_graph import OnnxGraph
 from slimtrain.proto.onnx_rewrite import Rewritten
@@ -86,7 +86,7 @@ class _Runner:
     def __call__(self, batch: Arrays) -> Arrays:
         values = dict(batch)
         if self._session is not None:
-            values.update(zip(self._names, self._session.run(self._names, batch)))
+            values.update(zip(self._names, run_session(self._session, self._names, batch)))
         return values
 
 

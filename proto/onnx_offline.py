@@ -110,15 +110,15 @@ def quantize_onnx(model: onnx.ModelProto, batches: Iterable[Arrays],
         ValueError: there was no batch, a value is not finite, or a name in ``skip`` does not exist.
         ConversionError: the model cannot be read, rewritten or run; nothing in it can be quantized.
     """
-    normal = normal_form(model)
-    check_same(model, normal)
-    if settings.equalize:
-        normal = equalize(normal)
+    plain = normal_form(model)
+    normal = equalize(plain) if settings.equalize else plain
     graph = OnnxGraph(normal)
     layers = find_layers(graph, settings.skip)
     structure = rewrite(normal, [undecided(layer) for layer in layers.quantized], on_grid=False)
-    check_same(normal, structure.model)
     seen = observe_onnx(structure, batches, settings.correct_bias or settings.adaptive_rounding)
+    example = _example(model, seen.first)
+    check_same(model, plain, example)
+    check_same(normal, structure.model, example)
     tensors = _choose_scales(structure, seen.tensors, settings)
     by_name = {layer.name: layer for layer in layers.quantized}
     decided = [decided_layer(by_name[call.layer], call,
@@ -126,7 +126,7 @@ def quantize_onnx(model: onnx.ModelProto, batches: Iterable[Arrays],
                              tensors)
                for output, call in planned_calls(structure, by_name).items()]
     return QuantizedOnnx(rewrite(normal, decided), coverage_of(layers.quantized, layers.left_float, graph),
-                         _report(seen.tensors, tensors), _example(model, seen.first))
+                         _report(seen.tensors, tensors), example)
 
 
 def coverage_of(quantized: Sequence[FloatLayer], left_float: Mapping[str, str], graph: OnnxGraph) -> Coverage:

@@ -94,6 +94,7 @@ def _run_onnx(path: str, inputs: Optional[Inputs]) -> Simulation:
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.log_severity_level = 4  # errors come as exceptions
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         names = [node.name for node in session.get_inputs()]

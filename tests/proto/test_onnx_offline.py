@@ -325,3 +325,18 @@ def test_a_model_without_layers_is_refused():
 def test_bad_settings_are_refused(options):
     with pytest.raises(ValueError, match="must be"):
         OfflineSettings(**options)
+
+
+def test_the_data_tells_the_sizes_that_the_model_leaves_open(tmp_path):
+    """Two channels, taken where nothing is said, do not fit the weight."""
+    rng = np.random.RandomState(0)
+    model = model_of([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": normal(rng, 4, 3, 3, 3)},
+                     {"x": [None, None, None, None]}, {"y": [None, 4, None, None]})
+    assert deployed(model, OfflineSettings(), tmp_path)[1].simulation_sqnr_db >= 100
+
+
+def test_data_that_does_not_fit_the_layers_is_one_clear_error():
+    model = model_of([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": normal(np.random.RandomState(0), 4, 3, 3, 3)},
+                     {"x": [None, None, None, None]}, {"y": [None, 4, None, None]})
+    with pytest.raises(ConversionError, match=r"onnxruntime cannot run the model on x \(2, 5, 9, 9\)"):
+        quantize_onnx(model, batches(shape=(2, 5, 9, 9)), OfflineSettings())

@@ -215,16 +215,35 @@ def test_wrong_usage(words, message):
         ["convert", "broken.onnx", "-o", "out.mnn", "--params", "none.bin"],
         ["verify", "broken.mnn", "--reference", "none.npz"],
         ["verify", "broken.mnn", "--reference", "broken.npz"],
+        ["report", "broken.json"],
+        ["report", "deep.json"],
+        ["inspect", "deep.json"],
     ],
 )
 def test_bad_files(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    for suffix in ("bin", "mnn", "onnx", "npz"):
+    for suffix in ("bin", "mnn", "onnx", "npz", "json"):
         (tmp_path / f"broken.{suffix}").write_bytes(b"nothing of the kind")
+    (tmp_path / "deep.json").write_text("[" * 100000)
     status, output, errors = run(*words)
     assert (status, output) == (BAD_FILE, "")
     assert errors.startswith("Error: ")
     assert not (tmp_path / "out.mnn").exists()
+
+
+def test_a_model_that_mnn_cannot_read_is_no_traceback(simulation, tmp_path):
+    broken = tmp_path / "broken.mnn"
+    broken.write_bytes(b"nothing of the kind")
+    status, _, errors = run("verify", broken, "--reference", simulation)
+    assert status == BAD_FILE
+    assert "MNN cannot read the model" in errors and "Traceback" not in errors
+
+
+def test_a_pipeline_nested_without_end(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100000)
+    status, _, errors = run("config", "check", path)
+    assert status == CHECK_FAILED and "not YAML" in errors
 
 
 def test_an_output_that_cannot_be_written(chain, tmp_path):
