@@ -113,15 +113,18 @@ def has_small_groups(inputs: int, outputs: int, groups: int) -> bool:
 
 
 def input_levels(x: np.ndarray, scale: float, grid: Grid) -> np.ndarray:
-    """Levels that MNN gives a float tensor: int32 ``clip(round_half_away(x * (1 / scale)))``, all in float32.
+    """Levels that MNN gives a float tensor: int32 ``clip(round_half_away(x * (1 / scale) + z)) - z``, all in float32.
 
-    Multiplying by the reciprocal differs from ``quantize``, which divides, for values next to a tie only.
+    Multiplying by the reciprocal differs from ``quantize``, which divides, for values next to a tie only. The zero
+    point ``z`` takes part in rounding, so that ties go away from the stored zero, not from the real one.
 
     Raises:
         ValueError: a scale that is not finite and positive.
     """
     reciprocal = np.float32(1) / checked_scale(scale, np.float32)
-    return _to_levels(np.asarray(x, dtype=np.float32) * reciprocal, grid)
+    zero = stored_zero_point(grid)
+    stored = Grid(grid.bits, grid.lower + zero, grid.upper + zero)
+    return _to_levels(np.asarray(x, dtype=np.float32) * reciprocal + np.float32(zero), stored) - np.int32(zero)
 
 
 def simulate_conv(q_x: np.ndarray, conv: IntegerConv) -> np.ndarray:

@@ -122,6 +122,9 @@ CASES = {
     "grouped, zero points, relu6": case(39, lowest=(0, 0), groups=2, activation=RELU6),
     "depthwise, zero points": case(40, inner=1, groups=16, lowest=(0, -100), padding=SAME),
     "depthwise, zero points at ties": case(41, inner=1, groups=16, lowest=(-30, 0), padding=SAME, coarse=True),
+    "dense, zero points, inputs at ties": case(42, lowest=(-30, 0), on_grid=False),
+    "dense, no negative levels, inputs at ties": case(43, lowest=(0, -100), on_grid=False, padding=SAME),
+    "depthwise, zero points, inputs at ties": case(44, inner=1, groups=16, lowest=(-200, -30), on_grid=False),
     "one channel to one": case(31, inner=1, outputs=1, size=(20, 30)),
 }
 
