@@ -53,6 +53,9 @@ def normal_form(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in list(graph.nodes):
         if node.op_type in ("Conv", "MaxPool", "AveragePool"):
             _write_padding(graph, node)
+        if node.op_type in ("MaxPool", "AveragePool") and not attribute(node, "strides"):
+            # without them MNN divides by zero
+            node.attribute.append(helper.make_attribute("strides", [1] * len(attribute(node, "kernel_shape"))))
         if node.op_type == "Gemm":
             _fold_gemm_factors(graph, node)
         if node.op_type in ("Conv", "Gemm"):

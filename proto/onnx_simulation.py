@@ -1,7 +1,7 @@
 """What MNN computes for a rewritten ONNX model: convolutions and means as it does, everything else by onnxruntime."""
 from __future__ import annotations
 
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from slimtrain.proto.onnx_check import open_session
 from slimtrain.proto.onnx_exactness import Step
 from slimtrain.proto.onnx_geometry import as_image, conv_geometry
 from slimtrain.proto.onnx_graph import OnnxGraph, attribute
+from slimtrain.proto.onnx_pooling import simulate_average_pool
 from slimtrain.proto.onnx_rewrite import Rewritten, steps_of
 
 Arrays = Dict[str, np.ndarray]
@@ -56,9 +57,8 @@ def simulate_onnx(rewritten: Rewritten, inputs: Arrays) -> Arrays:
             done.append(end)
         else:
             known = {name: constants[name] if name in constants else values[name] for name in node.input if name}
-            axes = _averaged_axes(node, known)
-            made = {node.output[0]: simulate_mean(known[node.input[0]], axes)} if axes else \
-                _run_node(node, known, rewritten.model)
+            mean = _mean(node, known)
+            made = _run_node(node, known, rewritten.model) if mean is None else {node.output[0]: mean}
         values.update((name, _on_grid(name, value, rewritten, steps)) for name, value in made.items())
     return {value.name: values[value.name] for value in rewritten.model.graph.output}
 
@@ -81,6 +81,14 @@ def _convolution(node: onnx.NodeProto, layer: DeployedLayer, x: np.ndarray) -> n
     found = simulate_conv(input_levels(as_image(x), layer.input_scale, layer.input_grid), conv)
     result = found.astype(np.float32) * np.float32(layer.output_scale)
     return result if x.ndim == 4 else result[:, :, 0]
+
+
+def _mean(node: onnx.NodeProto, known: Arrays) -> Optional[np.ndarray]:
+    """A mean or an average pool in the order of MNN's sums; None for anything else."""
+    if node.op_type == "AveragePool":
+        return simulate_average_pool(node, known[node.input[0]])
+    axes = _averaged_axes(node, known)
+    return simulate_mean(known[node.input[0]], axes) if axes else None
 
 
 def _averaged_axes(node: onnx.NodeProto, known: Arrays) -> int:

@@ -46,3 +46,11 @@ def test_what_leads_nowhere_is_left_out(tmp_path):
 def test_the_larger_of_a_tensor_and_a_constant(kind, tmp_path):
     constants = {"k": normal(np.random.RandomState(0), 1, 8, 1, 1)}
     assert deployed([helper.make_node(kind, ["c", "k"], ["t"])], constants, tmp_path).simulation_sqnr_db >= 100
+
+
+@pytest.mark.parametrize("kind", ["MaxPool", "AveragePool"])
+def test_pools_that_do_not_say_their_strides(kind, tmp_path):
+    nodes = [helper.make_node("Relu", ["c"], ["r"]), helper.make_node(kind, ["r"], ["p"], kernel_shape=[3, 3]),
+             helper.make_node("Pad", ["p", "pads"], ["t"])]
+    pads = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+    assert deployed(nodes, {"pads": pads}, tmp_path).simulation_sqnr_db >= 100
