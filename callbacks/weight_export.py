@@ -99,7 +99,7 @@ def _params(graph: OnnxGraph, node: onnx.NodeProto, layer: StoredLayer, use: int
     if node.op_type == "MatMul" and following is not None and following.op_type == "Add":
         operator = str(following.output[0])
     names = [(name, operator if node.op_type == "Conv" else operator + _LINEAR_SUFFIX)]
-    if 1 < layer.groups < len(layer.weight):
+    if layer.groups > 1 and layer.weight.shape[:2] != (layer.groups, 1):  # depthwise ones stay whole
         names = [("%s[group %d]" % (name, group), "%s__group__%d" % (operator, group)) for group in range(layer.groups)]
     return [WeightOnlyParams(label, op_name, layer.bits, layer.mode is WeightMode.ASYMMETRIC, layer.block_size)
             for label, op_name in names]

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any, Dict, Sequence, Tuple
 
 from slimtrain.core import Grid, stored_zero_point
-from slimtrain.proto.checks import WIRE_BITS
+from slimtrain.proto.checks import NO_TENSOR, WIRE_BITS
 from slimtrain.proto.layers import AnyLayer, LayerParams, WeightOnlyParams
 from slimtrain.proto.schema import CompressionAlgo, Message, PruneParams, QuantizeParams
 from slimtrain.proto.winograd import units_attr
@@ -129,3 +129,5 @@ def _add_weight_only(params: Message, layer: WeightOnlyParams) -> None:
     entry.weight.add(
         name=layer.name, bits=layer.bits, asymmetric=layer.asymmetric, block_size=layer.block_size
     )
+    # the converter asks each entry for its output where an activation follows a 1-D convolution, and crashes without
+    entry.output.add(name=NO_TENSOR + layer.op_name)

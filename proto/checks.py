@@ -10,6 +10,8 @@ from slimtrain.core import Grid, stored_zero_point
 
 # Fewer bits go into the clamps: another number here selects kernels that compute garbage.
 WIRE_BITS = 8
+#: how the output of an entry begins that has none, because it only stores weights
+NO_TENSOR = "no tensor of "
 # The converter divides by multiplying with 1 / scale in float32; a smaller scale has no finite reciprocal
 # there.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)

@@ -143,8 +143,10 @@ def _described(graph: OnnxGraph, placement: Placement) -> Set[str]:
     described = set()
     for call in placement.calls:
         node = graph.producer[call.tensor]
-        weight = graph.constant(node.input[1])
-        if weight is not None and weight.ndim == 4 and attribute(node, "group", 1) in (1, len(weight)):
+        weight, groups = graph.constant(node.input[1]), attribute(node, "group", 1)
+        if weight is None or weight.ndim != 4:
+            continue
+        if groups == 1 or (groups == len(weight) and weight.shape[1] == 1):
             described |= {node.input[0], call.fused}
     return described
 

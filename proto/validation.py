@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimtrain.core import ParameterFileError
-from slimtrain.proto.checks import WIRE_BITS, check_clamps, check_scales, check_weight_only
+from slimtrain.proto.checks import NO_TENSOR, WIRE_BITS, check_clamps, check_scales, check_weight_only
 from slimtrain.proto.schema import CompressionAlgo, Message
 from slimtrain.proto.winograd import check_units_attr
 
@@ -56,7 +56,7 @@ def check_algorithm(algorithm: Message) -> None:
 
 def is_full(layer: Message) -> bool:
     """Whether an entry asks for full int8, found by its output, rather than for weight-only storage."""
-    return bool(layer.input or layer.output)
+    return bool(layer.input or any(not side.name.startswith(NO_TENSOR) for side in layer.output))
 
 
 def layer_name(layer: Message) -> str:

@@ -125,7 +125,9 @@ def test_method_is_written():
 
 def test_weight_only_entry():
     algorithm = quantize_algorithm([WeightOnlyParams("fc", "op", 4, asymmetric=True, block_size=32)])
-    entry = block(4, block(2, text(1, "fc"), number(2, 4), number(6, 1), number(7, 32)), text(6, "op"))
+    weight = block(2, text(1, "fc"), number(2, 4), number(6, 1), number(7, 32))
+    # an output that no tensor is called: the converter crashes on entries without any beside 1-D convolutions
+    entry = block(4, weight, block(3, text(1, "no tensor of op")), text(6, "op"))
     assert algorithm.SerializeToString() == number(1, 0) + block(2, number(1, 1), entry)
 
 
