@@ -17,6 +17,7 @@ from slimtrain.callbacks.model_view import evaluation, float_view
 from slimtrain.callbacks.operations import map_tensors
 from slimtrain.core import ConversionError
 from slimtrain.proto.onnx_graph import OnnxGraph
+from slimtrain.proto.onnx_reductions import write_reductions
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def export_float(model: nn.Module, args: Tuple[Any, ...], kwargs: Mapping[str, A
             with evaluation(view), torch.no_grad(), _without_fast_paths(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 export = _export_dynamo if attempt else _export_torchscript
-                return free_batch(export(_on_cpu(view), args, named, opset))
+                return readable(free_batch(export(_on_cpu(view), args, named, opset)))
         except Exception as error:  # exporters raise whatever the model made them raise
             errors.append(error)
             if len(errors) < len(attempts):
@@ -71,6 +72,12 @@ def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
             node.input[1] = graph.add_constant(np.array([-1, *target[1:]], np.int64), node.output[0] + "/shape")
             graph.refresh()
     return graph.model()
+
+
+def readable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with norms and the like written so that MNN reads them as they are meant."""
+    graph = OnnxGraph(model)
+    return graph.model() if write_reductions(graph) else model
 
 
 @contextlib.contextmanager

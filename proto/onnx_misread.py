@@ -7,8 +7,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from slimtrain.proto.onnx_graph import OnnxGraph
+from slimtrain.proto.onnx_graph import OnnxGraph, attribute
 from slimtrain.proto.onnx_placement import is_fusable
+from slimtrain.proto.onnx_reductions import is_misread_reduction
 
 
 def misread_operations(path: str) -> Tuple[str, ...]:
@@ -18,8 +19,24 @@ def misread_operations(path: str) -> Tuple[str, ...]:
         count = min(int(np.prod(tensor.dims)), 2)
         tensor.CopyFrom(numpy_helper.from_array(np.zeros(count, np.float32), tensor.name))
     graph = OnnxGraph(model)
-    return tuple("Add of %s (its constant is added before the activation %s, not behind it; exchange its operands)" % (
-        node.output[0], node.input[0]) for node in added_offsets(graph) if graph.constant(node.input[0]) is None)
+    lines = ["%s of %s (%s)" % (node.op_type, node.output[0], _misread(node)) for node in graph.nodes if _misread(node)]
+    lines += ["Add of %s (its constant is added before the activation %s, not behind it; exchange its operands)" % (
+        node.output[0], node.input[0]) for node in added_offsets(graph) if graph.constant(node.input[0]) is None]
+    return tuple(lines)
+
+
+def _misread(node: onnx.NodeProto) -> str:
+    """What MNN 3.6 makes of a node by its attributes, "" when it reads it as it is meant."""
+    if is_misread_reduction(node):
+        return "it reduces all axes"
+    if node.op_type == "MaxPool" and any(step != 1 for step in attribute(node, "dilations", [])):
+        return "it leaves out the dilation"
+    if node.op_type == "Resize" and attribute(node, "antialias", 0):
+        return "it leaves out the antialiasing"
+    aligned = attribute(node, "coordinate_transformation_mode", b"half_pixel") == b"align_corners"
+    if node.op_type == "Resize" and attribute(node, "mode", b"nearest") == b"cubic" and not aligned:
+        return "it interpolates between other points"
+    return ""
 
 
 def added_offsets(graph: OnnxGraph) -> List[onnx.NodeProto]:

@@ -21,6 +21,7 @@ from slimtrain.proto.onnx_exactness import Step, make_islands, put_on_grid
 from slimtrain.proto.onnx_graph import OnnxGraph
 from slimtrain.proto.onnx_match import Match, Weight, bias_addition, match_layers, node_weight
 from slimtrain.proto.onnx_placement import is_fusable, place_onnx
+from slimtrain.proto.onnx_reductions import write_reductions
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def rewrite(model: onnx.ModelProto, layers: Sequence[DeployedLayer], *, on_grid:
         SlimtrainError: a layer cannot be found, or the file's structure is not that of the recorded model.
     """
     graph = OnnxGraph(model)
-    changes: List[str] = []
+    changes = write_reductions(graph)
     written: Dict[str, DeployedLayer] = {}
     for match in match_layers(graph, layers):
         write = _write_conv if match.node.op_type == "Conv" else _write_linear
@@ -187,7 +188,8 @@ def all_params(graph: OnnxGraph, written: Mapping[str, DeployedLayer]) -> Tuple[
 def _conv_params(graph: OnnxGraph, layer: DeployedLayer, name: str, output: str) -> List[LayerParams]:
     """An entry, or one per group: the converter splits grouped convolutions and numbers the parts."""
     channels = len(layer.weight_scales)
-    if layer.groups == 1 or layer.groups == channels:
+    is_depthwise = layer.groups == channels and layer.levels.shape[1] == 1
+    if layer.groups == 1 or is_depthwise:
         fused = fused_output(graph, output)
         return [_entry(layer, name, (fused, fused + _OUTPUT_SUFFIX), slice(None))]
     size = channels // layer.groups

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimtrain.callbacks import LSQQuantizer
+from slimtrain.callbacks import LSQQuantizer, WeightQuantizer
 from slimtrain.callbacks.operations import tensors_in
 from slimtrain.core import LayerState
 
@@ -205,6 +205,41 @@ def test_strange_models_deploy_exactly(make, tmp_path):
             assert FLOAT[layer.name] in layer.reason
         else:
             assert make is not weights_used_otherwise or layer.name == "b"
+
+
+@pytest.mark.parametrize("make", [LSQQuantizer, WeightQuantizer])
+def test_groups_of_one_output_are_not_taken_for_depthwise(make, tmp_path):
+    pytest.importorskip("MNN")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3, groups=2), nn.ReLU(), nn.Conv2d(2, 4, 1))
+    quantizer = make(model)
+    quantizer.convert().train()(images())
+    deployed = quantizer.deploy(tmp_path / "m", images(), dynamo=False)
+    assert deployed.sqnr_db >= 100 and deployed.coverage.share(LayerState.FLOAT) == 0
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+def test_weights_of_series_before_an_activation_are_stored(activation, tmp_path):
+    """The converter crashed on entries without an output."""
+    pytest.importorskip("MNN")
+    quantizer = WeightQuantizer(nn.Sequential(nn.Conv1d(3, 4, 3), activation(), nn.Conv1d(4, 4, 1)))
+    quantizer.convert()
+    deployed = quantizer.deploy(tmp_path / "m", images(2, 3, 8), dynamo=False)
+    assert deployed.sqnr_db >= 100 and deployed.coverage.share(LayerState.FLOAT) == 0
+
+
+NORMS = {
+    "L2": lambda y: F.normalize(y), "L1": lambda y: y.norm(1, dim=1), "log of a sum": lambda y: y.logsumexp(1),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_norms_of_one_axis_are_read_as_they_are_meant(norm, dynamo, tmp_path):
+    """From operator set 18 on the converter looks for their axes in the wrong place, and reduced all of them."""
+    pytest.importorskip("MNN")
+    quantizer = LSQQuantizer(Net(lambda m, x: NORMS[norm](m.a(x)), a=nn.Conv2d(3, 8, 3)))
+    quantizer.convert().train()(images())
+    assert quantizer.deploy(tmp_path / "m", images(), dynamo=dynamo).sqnr_db >= 100
 
 
 # -- what is refused

@@ -8,6 +8,7 @@ pytest.importorskip("onnxruntime", reason="this environment has no onnxruntime")
 from onnx import helper  # noqa: E402
 
 from offline_models import model_of, normal  # noqa: E402
+from slimtrain.proto import convert  # noqa: E402
 from slimtrain.proto.onnx_deploy import deploy_onnx  # noqa: E402
 from slimtrain.proto.onnx_offline import OfflineSettings, quantize_onnx  # noqa: E402
 
@@ -54,3 +55,24 @@ def test_pools_that_do_not_say_their_strides(kind, tmp_path):
              helper.make_node("Pad", ["p", "pads"], ["t"])]
     pads = np.array([0, 0, 1, 1, 0, 0, 1, 1])
     assert deployed(nodes, {"pads": pads}, tmp_path).simulation_sqnr_db >= 100
+
+
+MISREAD = {
+    "it reduces all axes": ("ReduceL2", ["x", "axes"], {"keepdims": 1}),
+    "it leaves out the dilation": ("MaxPool", ["x"], {"kernel_shape": [2, 2], "dilations": [2, 2], "strides": [1, 1]}),
+    "it leaves out the antialiasing": ("Resize", ["x", "", "half"], {"mode": "linear", "antialias": 1}),
+    "it interpolates between other points": ("Resize", ["x", "", "half"], {"mode": "cubic"}),
+}
+
+
+@pytest.mark.parametrize("reason", MISREAD)
+def test_operations_that_are_read_otherwise_are_named(reason, tmp_path, caplog):
+    pytest.importorskip("MNN")
+    kind, inputs, attributes = MISREAD[reason]
+    constants = {"axes": np.array([1], np.int64), "half": np.array([1, 1, 0.5, 0.5], np.float32)}
+    node = helper.make_node(kind, inputs, ["y"], **attributes)
+    used = {name: constants[name] for name in inputs[1:] if name}
+    model = model_of([node], used, {"x": ["n", 3, 8, 8]}, {"y": ["n", "c", "h", "w"]}, opset=18)
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    convert(tmp_path / "m.onnx", tmp_path / "m.mnn")
+    assert "MNN computes it wrongly: %s of y (%s)" % (kind, reason) in caplog.text
