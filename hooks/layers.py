@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Dict, NamedTuple, Optional, Set
+from typing import Collection, Dict, Mapping, NamedTuple, Optional, Set
 
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+from slimtrain.core import Coverage, LayerCoverage, LayerState
 from slimtrain.hooks.compositions import is_merged, replaced_layers
 from slimtrain.hooks.graph import inside_control_flow, is_frozen, only_reader, variables_behind
 
@@ -115,3 +116,19 @@ def _why_float_convolution(op: tf.Operation, kind: LayerKind, kernel: tf.Tensor)
     if kind is LayerKind.CONV and inputs is not None and inputs != kernel.shape.as_list()[2]:
         return "it is a grouped convolution, which MNN's TensorFlow converter does not read"
     return ""
+
+
+def layer_coverage(layers: Mapping[str, Layer], skipped: Collection[str], state: LayerState) -> Coverage:
+    """The state of those layers that are quantized, and why the others are left float.
+
+    Args:
+        layers: all layers of a network, by operation name.
+        skipped: names of those that the user wants to keep float.
+        state: of the quantized ones.
+    """
+    rows = []
+    for name, layer in layers.items():
+        reason = layer.reason or ("it was skipped" if name in skipped else "")
+        rows.append(LayerCoverage(name, layer.kind.value, layer.parameters, LayerState.FLOAT if reason else state,
+                                  reason))
+    return Coverage(tuple(rows))

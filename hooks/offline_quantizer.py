@@ -14,7 +14,6 @@ from slimtrain.core import (
     Grid,
     InputMoments,
     LayerCall,
-    LayerCoverage,
     LayerState,
     Observation,
     WeightMethod,
@@ -34,7 +33,7 @@ from slimtrain.hooks.equalization import equalize as equalize_graph
 from slimtrain.hooks.export import export_model
 from slimtrain.hooks.frozen import PathLike, feeds_of, frozen_graph
 from slimtrain.hooks.grids import InputGrid, read_in_float
-from slimtrain.hooks.layers import Layer
+from slimtrain.hooks.layers import Layer, layer_coverage
 from slimtrain.hooks.operations import leaves, read_network, translate
 from slimtrain.hooks.rewriting import Rewriting, int8_safe
 from slimtrain.hooks.rounded_weights import ChosenWeight, add_layer_moments, rounded_by_data
@@ -171,12 +170,7 @@ class OfflineQuantizer:
 
     def coverage(self) -> Coverage:
         """Each layer, its share of the weights, and why it is left float if it is."""
-        rows = []
-        for name, layer in self._network.layers.items():
-            reason = layer.reason or ("it was skipped" if name in self._skipped else "")
-            state = LayerState.FLOAT if reason else LayerState.INT8
-            rows.append(LayerCoverage(name, layer.kind.value, layer.parameters, state, reason))
-        return Coverage(tuple(rows))
+        return layer_coverage(self._network.layers, self._skipped, LayerState.INT8)
 
     # -- inside
 

@@ -6,12 +6,12 @@ from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Se
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-from slimtrain.core import Coverage, Grid, LayerCall, LayerCoverage, LayerState, Placement
+from slimtrain.core import Coverage, Grid, LayerCall, LayerState, Placement
 from slimtrain.core import Quantizer as Owner
 from slimtrain.hooks.deployment import DeployedLayer, LayerSource, read_layers
 from slimtrain.hooks.export import export_model, write_params_file
 from slimtrain.hooks.grids import InputGrid
-from slimtrain.hooks.layers import Layer
+from slimtrain.hooks.layers import Layer, layer_coverage
 from slimtrain.hooks.operations import Network
 from slimtrain.hooks.rewriting import Rewriting
 from slimtrain.hooks.simulation import simulate_network
@@ -161,12 +161,7 @@ class QuantizedGraph:
 
     def coverage(self) -> Coverage:
         """Each layer, its share of the weights, and why it is left float if it is."""
-        rows = []
-        for name, layer in self._network.layers.items():
-            reason = layer.reason or ("it was skipped" if name in self._skipped else "")
-            state = LayerState.FLOAT if reason else LayerState.INT8
-            rows.append(LayerCoverage(name, layer.kind.value, layer.parameters, state, reason))
-        return Coverage(tuple(rows))
+        return layer_coverage(self._network.layers, self._skipped, LayerState.INT8)
 
     def ready(self, sess: tf.Session) -> bool:
         """Whether every scale has been set, so that the network can be exported."""

@@ -10,7 +10,6 @@ import tensorflow.compat.v1 as tf
 
 from slimtrain.core import (
     Coverage,
-    LayerCoverage,
     LayerState,
     StoredWeight,
     WeightMode,
@@ -24,7 +23,7 @@ from slimtrain.hooks.compositions import check_merged
 from slimtrain.hooks.export import float_graph, network_inputs, params_bytes
 from slimtrain.hooks.graph import ancestors
 from slimtrain.hooks.insertion import change_edge, strip
-from slimtrain.hooks.layers import Layer, LayerKind
+from slimtrain.hooks.layers import Layer, LayerKind, layer_coverage
 from slimtrain.hooks.operations import read_network
 from slimtrain.hooks.stacking import contributed
 from slimtrain.hooks.strip import is_quantized
@@ -209,12 +208,7 @@ class WeightQuantizer:
 
     def coverage(self) -> Coverage:
         """Each layer, its share of the weights, and why it is left float if it is."""
-        rows = []
-        for name, layer in self._network.layers.items():
-            reason = layer.reason or ("it was skipped" if name in self._skipped else "")
-            state = LayerState.FLOAT if reason else LayerState.WEIGHT_ONLY
-            rows.append(LayerCoverage(name, layer.kind.value, layer.parameters, state, reason))
-        return Coverage(tuple(rows))
+        return layer_coverage(self._network.layers, self._skipped, LayerState.WEIGHT_ONLY)
 
     # -- inside
 
