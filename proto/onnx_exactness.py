@@ -56,7 +56,9 @@ def make_islands(graph: OnnxGraph, placement: Placement, steps: Mapping[Quantize
     _put_constants_last(graph)
     described = _described(graph, placement)
     for node in list(graph.nodes):
-        inputs = [name for name in node.input if name in placement.on_grid]
+        # the range of what a pool or an interpolation makes spreads to what it reads
+        spreads = node.output[:1] if node.op_type in ("AveragePool", "Resize") else []
+        inputs = [name for name in (*node.input, *spreads) if name in placement.on_grid]
         if node.op_type == "GlobalAveragePool":
             graph.replace([node], [_mean(graph, node)])
             changes.append("wrote the global average pool %s as a mean" % node.output[0])

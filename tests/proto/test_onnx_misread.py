@@ -76,3 +76,16 @@ def test_operations_that_are_read_otherwise_are_named(reason, tmp_path, caplog):
     onnx.save(model, str(tmp_path / "m.onnx"))
     convert(tmp_path / "m.onnx", tmp_path / "m.mnn")
     assert "MNN computes it wrongly: %s of y (%s)" % (kind, reason) in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["AveragePool", "Resize"])
+@pytest.mark.parametrize("before", ["Sigmoid", "Tanh"])
+def test_pools_of_what_is_made_in_float_are_made_in_float(kind, before, tmp_path):
+    """The layer behind them describes their output; MNN hands this on to their input, and takes both for integers."""
+    nodes = [helper.make_node(before, ["c"], ["s"]), helper.make_node(
+        "AveragePool", ["s"], ["p"], kernel_shape=[3, 3], strides=[3, 3])]
+    mode = "linear" if kind == "Resize" else "nearest"
+    nodes += [helper.make_node("Resize", ["p", "", "factors"], ["t"], mode=mode,
+                               coordinate_transformation_mode="half_pixel" if kind == "Resize" else "asymmetric")]
+    result = deployed(nodes, {"factors": np.array([1, 1, 3, 3], np.float32)}, tmp_path)
+    assert result.simulation_sqnr_db >= 100
