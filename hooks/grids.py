@@ -21,7 +21,10 @@ _MOVES = frozenset({
     "Identity", "Gather", "GatherV2", "Pad", "ConcatV2", "SpaceToDepth", "DepthToSpace", "ResizeNearestNeighbor"})
 _MAX_POOLS = frozenset({"MaxPool", "MaxPoolV2"})
 _INT8_ARITHMETIC = frozenset({"Add", "AddV2", "Sub", "Mul"})
-_ACTIVATIONS = frozenset({"Relu", "Relu6"})
+#: what the converter leaves out
+_DROPPED = frozenset({"Identity", "StopGradient", "CheckNumerics"})
+#: values that MNN rectifies at once; where they are no multiple of it, the last ones come out wrong
+_AT_ONCE = 16
 
 
 class InputGrid(NamedTuple):
@@ -61,9 +64,35 @@ def read_in_float(graph: tf.Graph, network: Network, placement: Placement, layer
                      if not _is_made_on_integers(tensor, placement) and has_float_reader(tensor))
 
 
+def rectifies_in_float(op: tf.Operation) -> bool:
+    """Whether ``op`` is a rectifier that MNN would compute wrongly in int8, unless it is fused into a layer.
+
+    How many values there are depends on the batch and on the layout; a multiple of channels is one in any case.
+    """
+    if op.type != "Relu":
+        return op.type == "LeakyRelu"
+    channels = op.inputs[0].shape.as_list()[-1] if op.inputs[0].shape.rank else None
+    return not channels or channels % _AT_ONCE != 0
+
+
 def _is_made_on_integers(tensor: tf.Tensor, placement: Placement) -> bool:
-    op = tensor.op.inputs[0].op if tensor.op.type in _ACTIVATIONS else tensor.op
-    return op.type in _INT8_ARITHMETIC and all(source.name in placement.on_grid for source in float_inputs(op))
+    if tensor.op.type == "Relu6" or rectifies_in_float(tensor.op):
+        return False
+    op = tensor.op.inputs[0].op if tensor.op.type == "Relu" else tensor.op
+    if op.type not in _INT8_ARITHMETIC or any(source.name not in placement.on_grid for source in float_inputs(op)):
+        return False
+    return tensor.op.type == "Relu" or not _is_element_wise(tensor, {call.fused for call in placement.calls})
+
+
+def _is_element_wise(tensor: tf.Tensor, fused: Collection[str]) -> bool:
+    """Whether a tensor comes from a convolution, or from a sum or product of such tensors.
+
+    The converter takes these for an operation that MNN has in float alone.
+    """
+    while tensor.op.type in _DROPPED:
+        tensor = tensor.op.inputs[0]
+    return tensor.name in fused or (tensor.op.type in _INT8_ARITHMETIC and all(
+        _is_element_wise(source, fused) for source in float_inputs(tensor.op)))
 
 
 def put_on_grid(graph: tf.Graph, grids: Sequence[InputGrid]) -> None:

@@ -13,7 +13,7 @@ from slimtrain.core import Op, OpKind, Placement
 from slimtrain.hooks.batch_norm import BatchNorm
 from slimtrain.hooks.deployment import DeployedLayer, deployed_scope, live_name
 from slimtrain.hooks.graph import Edge, connect, edges_from
-from slimtrain.hooks.grids import InputGrid
+from slimtrain.hooks.grids import InputGrid, rectifies_in_float
 from slimtrain.hooks.layers import LayerKind
 from slimtrain.hooks.operations import Network
 from slimtrain.hooks.padding import add_convolution
@@ -30,8 +30,8 @@ class Rewriting(NamedTuple):
 
 
 Replacements = Dict[str, tf.Tensor]
-#: selected or averaged in int8 with errors that training did not simulate: see ``run_in_float``
-_FLOAT_ONLY = frozenset({"AvgPool", "MaxPool", "MaxPoolV2", "Maximum", "Minimum", "ResizeBilinear"})
+#: computed in int8 with errors that training did not simulate, and homogeneous: see ``_run_in_float``
+_FLOAT_ONLY = frozenset({"AvgPool", "MaxPool", "MaxPoolV2", "Maximum", "Minimum", "ResizeBilinear", "Abs", "Neg"})
 #: activations and their largest values
 _BOUNDS = {"Relu": None, "Relu6": 6.0}
 
@@ -92,6 +92,7 @@ def add_float_operations(graph: tf.Graph, rewriting: Rewriting) -> Replacements:
         rewriting: what it computes, and where it is quantized.
     """
     added = {}
+    fused = {layer.source.call.fused for layer in rewriting.deployed}
     with graph.as_default(), tf.control_dependencies(None):
         for op in list(graph.get_operations()):
             if op.name not in rewriting.network.within:
@@ -100,6 +101,8 @@ def add_float_operations(graph: tf.Graph, rewriting: Rewriting) -> Replacements:
                 added[op.outputs[0].name] = _global_mean(op) if _is_global(op) else _run_in_float(op)
             elif op.type in _BOUNDS and _shares_its_range(op, rewriting):
                 added[op.outputs[0].name] = _activate_in_float(op)
+            elif rectifies_in_float(op) and op.outputs[0].name not in fused:
+                added[op.outputs[0].name] = _run_in_float(op)
     return added
 
 
@@ -132,7 +135,8 @@ def _run_in_float(op: tf.Operation) -> tf.Tensor:
     """The same operation between two exact multiplications.
 
     MNN passes scales through poolings and then runs them in int8, with the mean rounded down and signed values compared
-    as unsigned ones; a multiplication passes no scale on, and doubling and halving lose no bit.
+    as unsigned ones; interpolated and absolute values of integers differ from those of floats, too. A multiplication
+    passes no scale on, and doubling and halving lose no bit.
     """
     with tf.name_scope("{}/{}/float/".format(SCOPE, op.name)):
         doubled = [tensor * 2.0 if tensor.dtype.is_floating else tensor for tensor in op.inputs]
@@ -166,16 +170,11 @@ def redirect(graph: tf.Graph, replacements: Replacements) -> None:
 
 
 def int8_safe(placement: Placement, ops: Sequence[Op]) -> Tuple[str, ...]:
-    """Names of tensors whose pooling or interpolation MNN runs exactly in int8.
-
-    Selecting the largest of values that are never negative, and interpolating onto the grid the values came from.
-    """
+    """Names of tensors whose pooling MNN runs exactly in int8: the largest of values that are never negative."""
     producer = {op.output: op for op in ops}
     safe = []
     for op in producer.values():
-        if op.kind is OpKind.RESIZE and op.output in placement.quantizers:
-            safe.append(op.output)
-        elif op.kind is OpKind.MAX_POOL:
+        if op.kind is OpKind.MAX_POOL:
             source = op.inputs[0]
             while source not in placement.quantizers and source in producer and producer[source].kind in (
                     OpKind.VIEW, OpKind.MAX_POOL):
