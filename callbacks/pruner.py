@@ -170,7 +170,7 @@ class Pruner:
     def apply(self) -> None:
         """Set pruned weights to zero."""
         if self._bits:
-            parameters = dict(self.model.named_parameters())
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
             with torch.no_grad():
                 for name, bits in self._bits.items():
                     integers = _INTEGERS[parameters[name].element_size()]
@@ -217,7 +217,7 @@ class Pruner:
         Raises:
             ValueError: the state is that of other weights.
         """
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, value in (*state["scores"].items(), *state["keep"].items()):
             if name not in parameters or parameters[name].shape[:value.dim()] != value.shape:
                 raise ValueError("the saved pruning state is of another model: it has a weight %r of shape %s" %
@@ -249,11 +249,11 @@ class Pruner:
 
     def _install(self, keeps: Mapping[str, np.ndarray]) -> None:
         """From now on these weights survive and the others are zero."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._set_keeps({name: torch.from_numpy(keep).to(parameters[name].device) for name, keep in keeps.items()})
 
     def _set_keeps(self, keeps: Dict[str, Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._keeps = keeps
         for name, keep in keeps.items():
             if name not in self._bits:

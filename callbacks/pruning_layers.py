@@ -41,6 +41,10 @@ def prunable_layers(model: nn.Module, skip: Collection[str], skip_first: bool = 
     weighted = {name: module for name, module in model.named_modules() if weight_count(module)}
     skipped = dict.fromkeys(select(list(weighted), list(skip)), "named in skip_layers") if skip else {}
     left = {name: skipped.get(name) or why_not(module) for name, module in weighted.items()}
+    owners: Dict[int, str] = {}
+    for name, module in weighted.items():
+        owner = name if left[name] else owners.setdefault(id(module.weight), name)
+        left[name] = left[name] if owner == name else "its weight is that of %s and pruned there" % owner
     layers = {name: module for name, module in weighted.items() if not left[name]}
     names = list(layers)
     for wanted, name, reason in ((skip_first, names[:1], "the first layer"), (skip_last, names[-1:], "the last layer")):

@@ -116,8 +116,19 @@ class TaylorFOChannelPruner(Pruner):
     # -- what this algorithm does
 
     def _choose_layers(self, skip: Collection[str]) -> Dict[str, nn.Module]:
-        return {name: module for name, module in self.model.named_modules()
-                if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))}
+        layers: Dict[str, nn.Module] = {
+            name: module for name, module in self.model.named_modules()
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))}
+        owners: Dict[int, str] = {}
+        for name, module in layers.items():
+            if not isinstance(module._parameters.get("weight"), Tensor):
+                raise ValueError("channels around layer %r cannot be removed: its weight is computed from other "
+                                 "parameters; remove the parametrization first" % name)
+            owner = owners.setdefault(id(module.weight), name)
+            if owner != name:
+                raise ValueError("channels around layers %r and %r cannot be removed: they share one weight; give each "
+                                 "a copy of its own" % (owner, name))
+        return layers
 
     def _sensitivity(self, weight: Tensor, gradient: Tensor) -> Tensor:
         # each weight by itself: behind a filter with a batch norm, the sum of the products is zero whatever they do
@@ -149,7 +160,7 @@ class TaylorFOChannelPruner(Pruner):
 
     def _keeps_of(self, keep: np.ndarray) -> Dict[str, np.ndarray]:
         """Masks for everything that belongs to a channel."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         masks: Dict[str, np.ndarray] = {}
         for name, pairs in plan_keeps(self.classes, keep).items():
             weight = _weight_name(name)

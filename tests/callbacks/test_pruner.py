@@ -291,3 +291,26 @@ def test_the_sample_of_the_guide_runs(tmp_path, monkeypatch):
     pruner.save_compress_params("compress_params.bin", append=False)
     assert (tmp_path / "found_prune_ratios.yml").exists() and (tmp_path / "compress_params.bin").exists()
     assert list(torch.load("pruned_model.pt", weights_only=True)) == list(Small(12).state_dict())
+
+
+@pytest.mark.parametrize("make", LEVEL)
+def test_a_shared_weight_is_pruned_once(make):
+    table = nn.Embedding(8, 8)
+    model = nn.Sequential(table, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[3].weight, model[4].weight = model[1].weight, table.weight
+    pruner = make(model, 0.5, sensitivity_steps=1)
+    model(torch.arange(8)).square().mean().backward()
+    pruner.do_pruning(None)
+    assert list(pruner.weights()) == ["1.weight", "4.weight"] and pruner.sparsity >= 0.5
+    assert "that of 1" in {line.name: line.reason for line in pruner.report()}["3"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda model: setattr(model[2], "weight", model[0].weight), "'0' and '2' cannot be removed: they share"),
+    (lambda model: nn.utils.parametrizations.weight_norm(model[2]), "around layer '2' .* computed from other"),
+])
+def test_channels_that_cannot_be_taken_out_are_refused_at_once(change, message):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        TaylorFOChannelPruner(model)
