@@ -116,7 +116,27 @@ def _frozen(session: tf.Session, copy: tf.Graph, rewriting: Rewriting, replaceme
     frozen = tf.graph_util.convert_variables_to_constants(session, graph_def, outputs)
     frozen = tf.graph_util.remove_training_nodes(frozen, protected_nodes=outputs)
     _check_inference(frozen)
+    for name in _lost_outputs(frozen, outputs):
+        logger.warning("MNN will not deliver the output %r, because other operations of the network read it: put "
+                       "tf.reshape(y, tf.shape(y)) behind it, before the model is compressed, and name that as the "
+                       "output", name)
     return frozen
+
+
+def _lost_outputs(frozen: Any, outputs: Sequence[str]) -> List[str]:
+    """Outputs that are read by others; the converter takes for outputs what nobody reads, and leaves identities out."""
+    nodes = {node.name: node for node in frozen.node}
+    readers: Dict[str, Set[str]] = {}
+    for node in frozen.node:
+        for source in node.input:
+            readers.setdefault(source.partition(":")[0], set()).add(node.name)
+
+    def is_read(name: str, by: str) -> bool:
+        if readers.get(name, set()) - {by}:
+            return True
+        return nodes[name].op == "Identity" and is_read(nodes[name].input[0].partition(":")[0], name)
+
+    return [name for name in outputs if is_read(name, name)]
 
 
 def inference_copy(clean: Any, network: Network) -> Tuple[tf.Graph, Replacements]:

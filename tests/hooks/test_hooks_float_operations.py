@@ -4,6 +4,7 @@ import pytest
 import tf_nets
 from deploying import build, deployed, images, train
 from slimtrain.core import sqnr_db
+from slimtrain.proto import convert, run_model
 from tf_setup import session, tf
 
 
@@ -59,3 +60,23 @@ def test_deploys_as_simulated(name, tmp_path):
     coverage, output = deployed(trained.stem, images(1))
     assert coverage.fraction == 1.0
     assert sqnr_db(integers, output) >= 100
+
+
+@pytest.mark.parametrize("end, lost", [(tf.identity, True), (lambda y: tf.reshape(y, tf.shape(y)), False)])
+def test_an_output_that_mnn_does_not_deliver_is_named(end, lost, tmp_path, caplog):
+    def net(x, training):
+        net.inner = end(tf.nn.relu(tf_nets.conv(x, "c1", 8, stride=2)))
+        return tf_nets.conv(net.inner.op.inputs[0], "c2", 4)
+
+    graph, x, y, quantizer = build(net, "LSQ", True)
+    names = [y.op.name, net.inner.op.name]
+    with graph.as_default():
+        init = tf.global_variables_initializer()
+    with session(graph) as run:
+        run.run(init)
+        run.run(y, {x: images()})
+        quantizer.export(str(tmp_path / "net"), run, names)
+    stem = str(tmp_path / "net")
+    convert(stem + ".pb", stem + ".mnn", stem + ".compress_params.bin")
+    assert (names[1] not in run_model(stem + ".mnn", {"x": images()})) == lost
+    assert ("will not deliver the output {!r}".format(names[1]) in caplog.text) == lost
