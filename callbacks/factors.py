@@ -20,9 +20,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def why_dense(module: nn.Module) -> str:
     """Why a layer with weights cannot be written as a chain of layers; "" when it can."""
-    if type(module) not in (nn.Linear, *_CONVOLUTIONS.values()):
-        if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
-            return "its weight is computed from other parameters; remove the parametrization first"
+    known = type(module) in (nn.Linear, *_CONVOLUTIONS.values())
+    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList) or (
+            known and not isinstance(module._parameters.get("weight"), Tensor)):  # torch's older weight norms
+        return "its weight is computed from other parameters; remove the parametrization first"
+    if not known:
         return "%s has no chain of plain layers" % type(module).__name__
     if getattr(module, "groups", 1) != 1:
         return "it is grouped (%s groups): its channels are factorized already" % module.groups

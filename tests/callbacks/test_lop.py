@@ -302,3 +302,12 @@ def test_state_of_another_rate_is_refused():
         lops[0].load_state_dict(lops[1].state_dict())
     with pytest.raises(ValueError, match="other layers"):
         lops[0].load_state_dict({})
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_layers_of_the_older_weight_norm_stay_as_they_are():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+    lop = LOP(model)
+    lop.linear_expand_layers(2, None, in_place=True)
+    assert [line.reason.partition(";")[0] for line in lop.report] == [
+        "its weight is computed from other parameters", ""]
