@@ -109,7 +109,7 @@ def _why_float_convolution(op: tf.Operation, kind: LayerKind, kernel: tf.Tensor)
         return "its data format is {}, MNN's TensorFlow converter reads NHWC".format(
             op.get_attr("data_format").decode())
     if op.get_attr("padding") == b"EXPLICIT":
-        return "its padding is explicit, which MNN's TensorFlow converter does not read: use tf.pad and VALID"
+        return "its padding is explicit, which MNN's TensorFlow converter does not read: tf.pad and VALID run in int8"
     if kind is LayerKind.DEPTHWISE and kernel.shape.as_list()[3] != 1:
         return "its depth multiplier is {}, MNN splits such a layer into float parts".format(kernel.shape.as_list()[3])
     inputs = op.inputs[0].shape.as_list()[-1] if op.inputs[0].shape.rank else None

@@ -1,14 +1,15 @@
-"""SAME padding as TensorFlow has it, where MNN has it otherwise.
+"""Padding as TensorFlow has it, where MNN has it otherwise.
 
 With o = ceil(size / stride) outputs, SAME pads an axis by (o - 1) * stride + extent - size values. A kernel whose
 extent is shorter than its stride may need less than none: TensorFlow then pads nothing and leaves the last values
 unread, while MNN 3.6 begins a convolution half of that many values behind the first. Poolings are exact, and so is
-VALID.
+VALID. Explicit padding is not read by MNN's converter at all.
 """
 from __future__ import annotations
 
 from typing import Any, Collection, Dict, List, NamedTuple, Optional, Sequence
 
+import numpy as np
 import tensorflow.compat.v1 as tf
 
 from slimtrain.hooks.graph import inside_control_flow
@@ -50,7 +51,10 @@ def add_convolution(op: tf.Operation, kind: LayerKind, values: tf.Tensor, kernel
         name: of the new operation; ``name_input`` is the scope of what takes away values that are never read.
     """
     padding, strides, dilations = (op.get_attr(key) for key in ("padding", "strides", "dilations"))
-    if padding == b"SAME":
+    if padding == b"EXPLICIT":
+        amounts = np.reshape(op.get_attr("explicit_paddings"), [4, 2])
+        values, padding = tf.pad(values, amounts, name=name + "_input"), b"VALID"
+    elif padding == b"SAME":
         axes = _axes(op, values, kernel)
         if not all(axis.is_exact for axis in axes):
             if all(axis.lacking is not None and axis.lacking <= 0 for axis in axes):
@@ -85,8 +89,11 @@ def exact_convolutions(graph: tf.Graph, network: Network, done: Collection[str])
 
 
 def _differs(op: tf.Operation) -> bool:
-    return (op.get_attr("padding") == b"SAME" and op.get_attr("data_format") == b"NHWC"
-            and not all(axis.is_exact for axis in _axes(op, op.inputs[0], op.inputs[1])))
+    if op.get_attr("data_format") != b"NHWC":
+        return False
+    if op.get_attr("padding") == b"SAME":
+        return not all(axis.is_exact for axis in _axes(op, op.inputs[0], op.inputs[1]))
+    return bool(op.get_attr("padding") == b"EXPLICIT")
 
 
 def _axes(op: tf.Operation, values: tf.Tensor, kernel: tf.Tensor) -> List[_Axis]:

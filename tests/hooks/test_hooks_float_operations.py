@@ -33,7 +33,15 @@ def matrix(middle):
     return net
 
 
+def explicit(y):
+    """A convolution with padding of its own, left and right unequal."""
+    w = tf_nets.variable("e/kernel", [3, 3, y.shape.as_list()[-1], 8], 9)
+    return tf.nn.conv2d(y, w, strides=[1, 1, 1, 1], padding=[[0, 0], [1, 0], [2, 1], [0, 0]], name="e/conv")
+
+
 NETS = {
+    # an activation between them: MNN 3.6.0 crashes where a float convolution stands alone between quantized ones
+    "explicit padding": between(lambda y: tf.nn.relu(explicit(y))),
     "sum": residual(tf.add), "difference": residual(tf.subtract), "product": residual(tf.multiply),
     "sum, relu": residual(tf.add, tf.nn.relu), "sum, relu6": residual(tf.add, tf.nn.relu6),
     "shared relu": between(lambda y: tf.nn.relu(y) + y),
