@@ -38,21 +38,23 @@ def entropy_threshold(counts: np.ndarray, levels: int) -> int:
     if used <= levels:
         return max(used, 1)
     candidates = list(range(levels, used, _STRIDE)) + [used]
-    divergences = [_divergence(values, size, levels) for size in candidates]
+    present = values > 0
+    divergences = [_divergence(values, present, size, levels) for size in candidates]
     return candidates[int(np.argmin(divergences))]
 
 
-def _divergence(counts: np.ndarray, size: int, levels: int) -> float:
+def _divergence(counts: np.ndarray, filled: np.ndarray, size: int, levels: int) -> float:
     """KL(reference || quantized) in nats; infinite where the quantized distribution misses a bin."""
-    kept = counts[:size]
-    reference = kept.copy()
-    reference[-1] += counts[size:].sum()
-    starts = np.arange(levels) * size // levels
-    present = reference > 0
-    shares = np.add.reduceat(kept, starts) / np.maximum(np.add.reduceat(present.astype(np.float64), starts), 1)
-    quantized = np.repeat(shares, np.diff(np.append(starts, size)))[present]
-    reference = reference[present]
+    kept, present = counts[:size], filled[:size].copy()
+    beyond = counts[size:].sum()
+    present[-1] |= beyond > 0
+    edges = np.arange(levels + 1) * size // levels
+    starts = edges[:-1]
+    shares = np.add.reduceat(kept, starts) / np.maximum(np.add.reduceat(present, starts, dtype=np.float64), 1)
+    quantized = np.repeat(shares, edges[1:] - starts)[present]
     if not quantized.all():
         return float("inf")
-    return float((reference * np.log(reference / quantized)).sum() / reference.sum()
-                 + np.log(quantized.sum() / reference.sum()))
+    reference = kept[present]
+    reference[-1] += beyond  # where there is something, the last bin is present
+    total = reference.sum()
+    return float((reference * np.log(reference / quantized)).sum() / total + np.log(quantized.sum() / total))

@@ -10,7 +10,7 @@ from typing import Optional
 
 import numpy as np
 
-from slimtrain.core.grid import Grid, round_half_away
+from slimtrain.core.grid import Grid
 
 SMALLEST_SCALE = 1e-6
 """The scale of a channel of zeros. MNN computes depthwise channels with a smaller one as if it were this."""
@@ -153,7 +153,9 @@ def _best_of(rows: np.ndarray, candidates: np.ndarray, grid: Grid, counts: Optio
 
 
 def _squared_error(rows: np.ndarray, scale: np.ndarray, grid: Grid, counts: Optional[np.ndarray]) -> np.ndarray:
-    rest = _levels(rows, scale, grid) * scale[:, None] - rows
+    rest = _levels(rows, scale, grid)
+    rest *= scale[:, None]
+    rest -= rows
     return _sum_of_products(rest, rest, counts)
 
 
@@ -169,4 +171,6 @@ def _sum_of_products(first: np.ndarray, second: np.ndarray, counts: Optional[np.
 
 
 def _levels(rows: np.ndarray, scale: np.ndarray, grid: Grid) -> np.ndarray:
-    return np.clip(round_half_away(rows / np.maximum(scale, SMALLEST_SCALE)[:, None]), grid.lower, grid.upper)
+    levels = rows / np.maximum(scale, SMALLEST_SCALE)[:, None]
+    levels += np.copysign(0.5, levels)  # a search rounds all weights a hundred times: in place, half away from zero
+    return np.clip(np.trunc(levels, out=levels), grid.lower, grid.upper, out=levels)
